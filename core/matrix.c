@@ -1,0 +1,44 @@
+#include "matrix.h"
+
+#include "mem.h"
+
+#include <string.h>
+
+ql_quant *ql_quant_retain(ql_quant *q)
+{
+    if (q) __atomic_fetch_add(&q->refs, 1, __ATOMIC_RELAXED);
+    return q;
+}
+
+void ql_quant_release(ql_quant *q)
+{
+    if (!q || __atomic_fetch_sub(&q->refs, 1, __ATOMIC_ACQ_REL) != 1) return;
+    ql_free(q->absmax8);
+    ql_free(q->nested_absmax);
+    ql_free(q);
+}
+
+void ql_matrix_free(ql_matrix *m)
+{
+    if (!m) return;
+    ql_tensor_free(&m->data);
+    ql_tensor_free(&m->absmax);
+    ql_tensor_free(&m->bias);
+    ql_quant_release(m->quant);
+    memset(m, 0, sizeof *m);
+}
+
+ql_matrix ql_matrix_ref(const ql_matrix *m)
+{
+    ql_matrix copy = *m;
+    copy.data = ql_tensor_ref(&m->data);
+    copy.absmax = ql_tensor_ref(&m->absmax);
+    copy.bias = ql_tensor_ref(&m->bias);
+    copy.quant = ql_quant_retain(m->quant);
+    return copy;
+}
+
+size_t ql_matrix_bytes(const ql_matrix *m)
+{
+    return ql_tensor_bytes(&m->data) + ql_tensor_bytes(&m->absmax) + ql_tensor_bytes(&m->bias);
+}

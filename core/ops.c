@@ -1,0 +1,232 @@
+#include "ops.h"
+
+#define OP(dev, name)                                                                                        \
+    do {                                                                                                     \
+        if (!(dev)->backend->name)                                                                           \
+            return ql_err_set(err, QL_ERR_UNSUPPORTED, "the %s backend has no operation '%s'",               \
+                              (dev)->backend->name, #name);                                                  \
+    } while (0)
+
+#define REQUIRE(condition, name, ...)                                                                        \
+    do {                                                                                                     \
+        if (!(condition)) return ql_err_set(err, QL_ERR_ARG, name ": " __VA_ARGS__);                         \
+    } while (0)
+
+static bool is(const ql_tensor *t, ql_dtype dtype, int ndim)
+{
+    return t && t->storage && t->dtype == dtype && t->ndim == ndim;
+}
+
+static bool same_shape(const ql_tensor *a, const ql_tensor *b)
+{
+    if (a->ndim != b->ndim) return false;
+    for (int i = 0; i < a->ndim; i++) {
+        if (a->shape[i] != b->shape[i]) return false;
+    }
+    return true;
+}
+
+ql_status ql_op_embed(const ql_matrix *table, const ql_tensor *ids, ql_tensor *y, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(y);
+    REQUIRE(is(ids, QL_I32, 1) && is(y, QL_F32, 2), "embed", "ids are I32 [T], output is F32 [T, H]");
+    REQUIRE(!table->quant && table->k == y->shape[1] && ids->shape[0] == y->shape[0], "embed",
+            "the table is dense [V, H]");
+    OP(dev, embed);
+    return dev->backend->embed(dev->ctx, table, ids, y, err);
+}
+
+ql_status ql_op_rmsnorm(const ql_tensor *x, const ql_tensor *w, float eps, ql_tensor *y, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(y);
+    REQUIRE(is(x, QL_F32, 2) && is(w, QL_F32, 1) && is(y, QL_F32, 2) && same_shape(x, y) &&
+                w->shape[0] == x->shape[1],
+            "rmsnorm", "x and output are F32 [T, H], weight is F32 [H]");
+    OP(dev, rmsnorm);
+    return dev->backend->rmsnorm(dev->ctx, x, w, eps, y, err);
+}
+
+ql_status ql_op_matmul(const ql_tensor *x, const ql_matrix *w, bool add, ql_tensor *y, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(y);
+    REQUIRE(is(x, QL_F32, 2) && is(y, QL_F32, 2) && x->shape[0] == y->shape[0], "matmul",
+            "x is F32 [T, k], output is F32 [T, n]");
+    REQUIRE(x->shape[1] == w->k && y->shape[1] == w->n, "matmul",
+            "the weight is [%lld, %lld], x has %lld columns", (long long)w->n, (long long)w->k,
+            (long long)x->shape[1]);
+    OP(dev, matmul);
+    return dev->backend->matmul(dev->ctx, x, w, add, y, err);
+}
+
+ql_status ql_op_rope(ql_tensor *x, const ql_tensor *pos, const ql_tensor *cos, const ql_tensor *sin,
+                     int heads, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(x);
+    REQUIRE(is(x, QL_F32, 2) && is(pos, QL_I32, 1) && pos->shape[0] == x->shape[0], "rope",
+            "x is F32 [T, heads*D], pos is I32 [T]");
+    REQUIRE(is(cos, QL_F32, 2) && is(sin, QL_F32, 2) && same_shape(cos, sin) && heads > 0 &&
+                x->shape[1] == 2 * cos->shape[1] * heads,
+            "rope", "cos and sin are F32 [positions, D/2]");
+    OP(dev, rope);
+    return dev->backend->rope(dev->ctx, x, pos, cos, sin, heads, err);
+}
+
+static bool cache_fits(ql_kv_view cache, int64_t kv_columns)
+{
+    return is(cache.k, QL_F32, 3) && is(cache.v, QL_F32, 3) && same_shape(cache.k, cache.v) &&
+           cache.k->shape[0] * cache.k->shape[2] == kv_columns;
+}
+
+ql_status ql_op_kv_write(const ql_tensor *k, const ql_tensor *v, const ql_tensor *start, const ql_tensor *pos,
+                         ql_kv_view cache, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(k);
+    REQUIRE(is(k, QL_F32, 2) && is(v, QL_F32, 2) && same_shape(k, v) && is(start, QL_I32, 1) &&
+                is(pos, QL_I32, 1) && start->shape[0] == k->shape[0] && pos->shape[0] == k->shape[0],
+            "kv_write", "k and v are F32 [T, kv_heads*D], start and pos are I32 [T]");
+    REQUIRE(cache_fits(cache, k->shape[1]), "kv_write", "the cache is F32 [kv_heads, slots, D]");
+    OP(dev, kv_write);
+    return dev->backend->kv_write(dev->ctx, k, v, start, pos, cache, err);
+}
+
+ql_status ql_op_attention(const ql_tensor *q, ql_kv_view cache, const ql_tensor *start, const ql_tensor *pos,
+                          int heads, ql_tensor *y, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(q);
+    REQUIRE(is(q, QL_F32, 2) && is(y, QL_F32, 2) && same_shape(q, y) && is(start, QL_I32, 1) &&
+                is(pos, QL_I32, 1) && start->shape[0] == q->shape[0] && pos->shape[0] == q->shape[0],
+            "attention", "q and output are F32 [T, heads*D], start and pos are I32 [T]");
+    REQUIRE(is(cache.k, QL_F32, 3) && heads > 0 && heads % cache.k->shape[0] == 0 &&
+                q->shape[1] == heads * cache.k->shape[2] &&
+                cache_fits(cache, cache.k->shape[0] * cache.k->shape[2]),
+            "attention", "the cache is F32 [kv_heads, slots, D] and kv_heads divides heads");
+    OP(dev, attention);
+    return dev->backend->attention(dev->ctx, q, cache, start, pos, heads, y, err);
+}
+
+ql_status ql_op_swiglu(const ql_tensor *gate, const ql_tensor *up, ql_tensor *y, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(y);
+    REQUIRE(is(gate, QL_F32, 2) && is(up, QL_F32, 2) && is(y, QL_F32, 2) && same_shape(gate, up) &&
+                same_shape(gate, y),
+            "swiglu", "gate, up and output are F32 [T, F]");
+    OP(dev, swiglu);
+    return dev->backend->swiglu(dev->ctx, gate, up, y, err);
+}
+
+ql_status ql_op_gather_rows(const ql_tensor *x, const ql_tensor *rows, ql_tensor *y, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(x);
+    REQUIRE(is(x, QL_F32, 2) && is(rows, QL_I32, 1) && is(y, QL_F32, 2) && y->shape[0] == rows->shape[0] &&
+                y->shape[1] == x->shape[1],
+            "gather_rows", "x is F32 [T, H], rows is I32 [n], output is F32 [n, H]");
+    OP(dev, gather_rows);
+    return dev->backend->gather_rows(dev->ctx, x, rows, y, err);
+}
+
+ql_status ql_op_topk(const ql_tensor *x, int k, ql_tensor *values, ql_tensor *ids, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(x);
+    REQUIRE(is(x, QL_F32, 2) && is(values, QL_F32, 2) && is(ids, QL_I32, 2) && same_shape(values, ids) &&
+                values->shape[0] == x->shape[0] && values->shape[1] == k,
+            "topk", "x is F32 [n, V], outputs are F32 and I32 [n, k]");
+    REQUIRE(k >= 1 && k <= x->shape[1], "topk", "k = %d is outside 1..%lld", k, (long long)x->shape[1]);
+    OP(dev, topk);
+    return dev->backend->topk(dev->ctx, x, k, values, ids, err);
+}
+
+ql_status ql_op_logsumexp(const ql_tensor *x, double temperature, ql_tensor *out, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(x);
+    REQUIRE(is(x, QL_F32, 2) && is(out, QL_F64, 1) && out->shape[0] == x->shape[0], "logsumexp",
+            "x is F32 [n, V], output is F64 [n]");
+    REQUIRE(temperature > 0, "logsumexp", "temperature %g is not above 0", temperature);
+    OP(dev, logsumexp);
+    return dev->backend->logsumexp(dev->ctx, x, temperature, out, err);
+}
+
+ql_status ql_op_softmax(const ql_tensor *x, double temperature, ql_tensor *y, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(x);
+    REQUIRE(is(x, QL_F32, 2) && is(y, QL_F32, 2) && same_shape(x, y), "softmax",
+            "x and output are F32 [n, V]");
+    REQUIRE(temperature > 0, "softmax", "temperature %g is not above 0", temperature);
+    OP(dev, softmax);
+    return dev->backend->softmax(dev->ctx, x, temperature, y, err);
+}
+
+ql_status ql_op_gather_cols(const ql_tensor *x, const ql_tensor *cols, ql_tensor *out, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(x);
+    REQUIRE(is(x, QL_F32, 2) && is(cols, QL_I32, 1) && is(out, QL_F32, 1) && cols->shape[0] == x->shape[0] &&
+                out->shape[0] == x->shape[0],
+            "gather_cols", "x is F32 [n, V], cols is I32 [n], output is F32 [n]");
+    OP(dev, gather_cols);
+    return dev->backend->gather_cols(dev->ctx, x, cols, out, err);
+}
+
+ql_status ql_op_kl(const ql_tensor *a, const ql_tensor *b, ql_tensor *out, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(a);
+    REQUIRE(is(a, QL_F32, 2) && is(b, QL_F32, 2) && same_shape(a, b) && is(out, QL_F64, 1) &&
+                out->shape[0] == a->shape[0],
+            "kl", "both logits are F32 [n, V], output is F64 [n]");
+    REQUIRE(ql_tensor_device(b) == dev, "kl", "the logits are on different devices");
+    OP(dev, kl);
+    return dev->backend->kl(dev->ctx, a, b, out, err);
+}
+
+ql_status ql_op_binary(ql_binary_op op, const ql_tensor *a, const ql_tensor *b, ql_tensor *y, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(a);
+    REQUIRE(a->dtype == QL_F32 && b->dtype == QL_F32 && y->dtype == QL_F32 && same_shape(a, b) &&
+                same_shape(a, y) && ql_tensor_device(b) == dev,
+            "arithmetic", "operands are F32 tensors of one shape on one device");
+    OP(dev, binary);
+    return dev->backend->binary(dev->ctx, op, a, b, 0, false, y, err);
+}
+
+ql_status ql_op_binary_scalar(ql_binary_op op, const ql_tensor *a, float scalar, bool reversed, ql_tensor *y,
+                              ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(a);
+    REQUIRE(a->dtype == QL_F32 && y->dtype == QL_F32 && same_shape(a, y), "arithmetic",
+            "the operand is an F32 tensor");
+    OP(dev, binary);
+    return dev->backend->binary(dev->ctx, op, a, NULL, scalar, reversed, y, err);
+}
+
+ql_status ql_op_convert(const ql_tensor *src, ql_tensor *dst, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(src);
+    REQUIRE(ql_dtype_is_weight(src->dtype) && ql_dtype_is_weight(dst->dtype) && same_shape(src, dst),
+            "convert", "source and destination are F32, F16 or BF16 of one shape");
+    OP(dev, convert);
+    return dev->backend->convert(dev->ctx, src, dst, err);
+}
+
+ql_status ql_op_quantize4(const ql_tensor *src, int block, const float thresholds[15],
+                          const uint8_t order[16], int zero_code, ql_tensor *packed, ql_tensor *absmax,
+                          ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(src);
+    int64_t n = ql_tensor_count(src);
+    REQUIRE(block >= 32 && block <= 4096 && (block & (block - 1)) == 0, "quantize4",
+            "block %d is not a power of two from 32 to 4096", block);
+    REQUIRE(ql_dtype_is_weight(src->dtype) && is(packed, QL_U8, 1) && is(absmax, QL_F32, 1) &&
+                packed->shape[0] == (n + 1) / 2 && absmax->shape[0] == (n + block - 1) / block,
+            "quantize4",
+            "source is F32, F16 or BF16, codes are U8 [ceil(n/2)], absmax is F32 [ceil(n/block)]");
+    OP(dev, quantize4);
+    return dev->backend->quantize4(dev->ctx, src, block, thresholds, order, zero_code, packed, absmax, err);
+}
+
+ql_status ql_op_dequantize4(const ql_matrix *w, ql_tensor *dst, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(dst);
+    REQUIRE(w->quant && ql_dtype_is_weight(dst->dtype) && dst->ndim == 2 && dst->shape[0] == w->n &&
+                dst->shape[1] == w->k,
+            "dequantize4", "the matrix is 4-bit and the output is a float tensor [n, k]");
+    OP(dev, dequantize4);
+    return dev->backend->dequantize4(dev->ctx, w, dst, err);
+}
