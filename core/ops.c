@@ -1,10 +1,10 @@
 #include "ops.h"
 
-#define OP(dev, name)                                                                                        \
+#define OP(dev, entry)                                                                                       \
     do {                                                                                                     \
-        if (!(dev)->backend->name)                                                                           \
+        if (!(dev)->backend->entry)                                                                          \
             return ql_err_set(err, QL_ERR_UNSUPPORTED, "the %s backend has no operation '%s'",               \
-                              (dev)->backend->name, #name);                                                  \
+                              (dev)->backend->name, #entry);                                                 \
     } while (0)
 
 #define REQUIRE(condition, name, ...)                                                                        \
