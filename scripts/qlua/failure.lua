@@ -1,0 +1,24 @@
+--- The value that stands for "the outside world failed": returned as the second result after nil.
+---
+--- Codes are the ones of core/err.h in lower case: "argument", "not_found", "io", "format", "unsupported",
+--- "memory", "device", "interrupted".
+
+---@class qlua.failure
+---@field code string    one of the codes above
+---@field message string what is wrong and where: file, line or field, value
+---@field hint string    what to do about it; "" when there is nothing to say
+
+local meta = { __name = "qlua.failure" }
+
+function meta.__tostring(failure)
+  if failure.hint == "" then return failure.message end
+  return failure.message .. "\n  hint: " .. failure.hint
+end
+
+---@param code string
+---@param message string
+---@param hint? string
+---@return qlua.failure
+return function(code, message, hint)
+  return setmetatable({ code = code, message = message, hint = hint or "" }, meta)
+end

@@ -1,0 +1,25 @@
+local text = require "qlua.text"
+
+describe("text", function()
+  it("strips as Python does", function()
+    assert.equal("a b", text.strip(" \u{a0}\u{3000}a b\t\r\n\u{85}"))
+    assert.equal("", text.strip(" \n\u{2003}"))
+    assert.equal("\u{200b}x", text.strip("\u{200b}x"))
+    assert.equal("x ", text.lstrip(" x "))
+    assert.equal(" x", text.rstrip(" x "))
+    assert.equal("\xA0x\x85", text.strip(" \xA0x\x85 "))
+  end)
+
+  it("splits into words", function()
+    assert.same({ "a", "b", "ç" }, text.words(" a\u{a0}b\n ç"))
+    assert.same({}, text.words(" \t"))
+  end)
+
+  it("counts columns", function()
+    assert.equal(3, text.width("abc"))
+    assert.equal(2, text.width("é±"))
+    assert.equal(4, text.width("漢字"))
+    assert.equal(1, text.width("e\u{301}"))
+    assert.equal(2, text.width("\xFF\xFE"))
+  end)
+end)
