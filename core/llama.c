@@ -1,0 +1,448 @@
+#include "llama.h"
+
+#include "interrupt.h"
+#include "mem.h"
+#include "ops.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define TRY(call)                                                                                            \
+    do {                                                                                                     \
+        ql_status try_status = (call);                                                                       \
+        if (try_status != QL_OK) return try_status;                                                          \
+    } while (0)
+
+static void work_free(struct ql_llama_work *w)
+{
+    ql_tensor *all[] = {&w->x, &w->h, &w->q, &w->k, &w->v, &w->att, &w->gate, &w->up};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) ql_tensor_free(all[i]);
+    w->tokens = 0;
+}
+
+/* Widths of the working tensors, in the order of work_reserve. */
+static void work_widths(const ql_config *c, int64_t widths[8])
+{
+    int64_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
+    const int64_t all[8] = {c->hidden, c->hidden, q, kv, kv, q, c->intermediate, c->intermediate};
+    memcpy(widths, all, sizeof all);
+}
+
+size_t ql_llama_work_bytes(const ql_config *config, int64_t tokens)
+{
+    int64_t widths[8], sum = 0;
+    work_widths(config, widths);
+    for (int i = 0; i < 8; i++) sum += widths[i];
+    if (tokens > QL_LLAMA_CHUNK) tokens = QL_LLAMA_CHUNK;
+    return (size_t)(sum * tokens) * sizeof(float);
+}
+
+/* Working memory for exactly `tokens` rows: kept between passes of one size, so that decoding does not
+ * allocate, and never larger than the pass in hand, so that its high-water mark says what the pass needs. */
+static ql_status work_reserve(ql_llama *m, int64_t tokens, ql_err *err)
+{
+    struct ql_llama_work *w = &m->work;
+    if (w->tokens == tokens) return QL_OK;
+    work_free(w);
+    ql_tensor *all[] = {&w->x, &w->h, &w->q, &w->k, &w->v, &w->att, &w->gate, &w->up};
+    int64_t widths[8];
+    work_widths(&m->config, widths);
+    for (int i = 0; i < 8; i++) {
+        ql_status status =
+            ql_tensor_new_2d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_F32, tokens, widths[i], all[i], err);
+        if (status != QL_OK) {
+            work_free(w);
+            return status;
+        }
+    }
+    w->tokens = tokens;
+    return QL_OK;
+}
+
+/* Where each token of a batch sits: host arrays of one pass, [tokens] each, in one block. */
+typedef struct {
+    int64_t tokens;
+    int64_t outputs;    /* logits wanted */
+    int32_t *start;     /* first cache slot of the token's sequence */
+    int32_t *pos;       /* position in its sequence */
+    int32_t *out_token; /* [outputs] token index of each wanted row, ascending */
+    void *block;
+} layout;
+
+static ql_status check_row(const ql_llama *m, const ql_kvcache *cache, const ql_batch *b, int row,
+                           ql_err *err)
+{
+    int seq = b->seq ? b->seq[row] : row;
+    if (b->lengths[row] < 1)
+        return ql_err_set(err, QL_ERR_ARG, "row %d has no tokens: a forward pass needs at least one",
+                          row + 1);
+    if (b->outputs[row] < 0 || b->outputs[row] > b->lengths[row])
+        return ql_err_set(err, QL_ERR_ARG, "row %d asks for %d logits of %d tokens", row + 1, b->outputs[row],
+                          b->lengths[row]);
+    if (seq < 0 || seq >= cache->sequences)
+        return ql_err_set(err, QL_ERR_ARG, "row %d names sequence %d of a cache of %d", row + 1, seq + 1,
+                          cache->sequences);
+    int64_t end = (int64_t)cache->length[seq] + b->lengths[row];
+    if (end > m->max_context) {
+        ql_err_set(err, QL_ERR_ARG, "row %d has %lld tokens, the model's context is %lld", row + 1,
+                   (long long)end, (long long)m->max_context);
+        return ql_err_hint(err,
+                           "shorten the prompt, or load with a larger max_context if the model allows it");
+    }
+    if (end > cache->capacity[seq])
+        return ql_err_set(err, QL_ERR_ARG, "row %d needs %lld cache slots, its sequence has %d", row + 1,
+                          (long long)end, cache->capacity[seq]);
+    return QL_OK;
+}
+
+static ql_status layout_make(const ql_llama *m, const ql_kvcache *cache, const ql_batch *b, layout *out,
+                             ql_err *err)
+{
+    memset(out, 0, sizeof *out);
+    if (b->rows < 1) return ql_err_set(err, QL_ERR_ARG, "an empty batch");
+    for (int row = 0; row < b->rows; row++) {
+        TRY(check_row(m, cache, b, row, err));
+        out->tokens += b->lengths[row];
+        out->outputs += b->outputs[row];
+    }
+    for (int64_t t = 0; t < out->tokens; t++) {
+        if (b->ids[t] < 0 || b->ids[t] >= m->config.vocab)
+            return ql_err_set(err, QL_ERR_ARG, "token id %d is outside the vocabulary of %lld", b->ids[t],
+                              (long long)m->config.vocab);
+    }
+    size_t n = (size_t)out->tokens;
+    int32_t *block = ql_malloc((2 * n + (size_t)out->outputs) * sizeof *block);
+    if (!block) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for a batch of %zu tokens", n);
+    *out = (layout){out->tokens, out->outputs, block, block + n, block + 2 * n, block};
+    int64_t t = 0, o = 0;
+    for (int row = 0; row < b->rows; row++) {
+        int seq = b->seq ? b->seq[row] : row;
+        for (int32_t i = 0; i < b->lengths[row]; i++, t++) {
+            out->start[t] = cache->start[seq];
+            out->pos[t] = cache->length[seq] + i;
+            if (i >= b->lengths[row] - b->outputs[row]) out->out_token[o++] = (int32_t)t;
+        }
+    }
+    return QL_OK;
+}
+
+static ql_status traced(const ql_trace *trace, ql_err *err, const ql_tensor *value, const char *name)
+{
+    return trace ? trace->fn(trace->ud, name, value, err) : QL_OK;
+}
+
+static ql_status traced_layer(const ql_trace *trace, ql_err *err, const ql_tensor *value, int64_t layer,
+                              const char *part)
+{
+    if (!trace) return QL_OK;
+    char name[64];
+    snprintf(name, sizeof name, "layers.%lld.%s", (long long)layer, part);
+    return trace->fn(trace->ud, name, value, err);
+}
+
+/* The product whose result joins the residual stream: fused, unless a trace wants to see it apart. */
+static ql_status residual_matmul(const ql_tensor *in, const ql_matrix *w, ql_tensor *x, ql_tensor *spare,
+                                 const ql_trace *trace, int64_t layer, const char *part, ql_err *err)
+{
+    if (!trace) return ql_op_matmul(in, w, true, x, err);
+    TRY(ql_op_matmul(in, w, false, spare, err));
+    TRY(traced_layer(trace, err, spare, layer, part));
+    return ql_op_binary(QL_BIN_ADD, x, spare, x, err);
+}
+
+typedef struct {
+    ql_tensor ids, start, pos; /* I32 [T] on the device */
+} chunk;
+
+static ql_status run_layer(ql_llama *m, int64_t i, const ql_kvcache *cache, const chunk *c,
+                           const ql_trace *trace, ql_err *err)
+{
+    struct ql_llama_work *w = &m->work;
+    const ql_layer *layer = &m->weights.layer[i];
+    const ql_matrix *linear = layer->linear;
+    ql_kv_view kv = ql_kvcache_layer(cache, (int)i);
+    int heads = (int)m->config.heads, kv_heads = (int)m->config.kv_heads;
+    float eps = (float)m->config.rms_eps;
+
+    TRY(ql_op_rmsnorm(&w->x, &layer->input_norm, eps, &w->h, err));
+    TRY(traced_layer(trace, err, &w->h, i, "input_norm"));
+    TRY(ql_op_matmul(&w->h, &linear[QL_Q], false, &w->q, err));
+    TRY(ql_op_matmul(&w->h, &linear[QL_K], false, &w->k, err));
+    TRY(ql_op_matmul(&w->h, &linear[QL_V], false, &w->v, err));
+    TRY(ql_op_rope(&w->q, &c->pos, &m->rope.cos, &m->rope.sin, heads, err));
+    TRY(ql_op_rope(&w->k, &c->pos, &m->rope.cos, &m->rope.sin, kv_heads, err));
+    TRY(traced_layer(trace, err, &w->q, i, "q"));
+    TRY(traced_layer(trace, err, &w->k, i, "k"));
+    TRY(ql_op_kv_write(&w->k, &w->v, &c->start, &c->pos, kv, err));
+    TRY(ql_op_attention(&w->q, kv, &c->start, &c->pos, heads, &w->att, err));
+    TRY(residual_matmul(&w->att, &linear[QL_O], &w->x, &w->h, trace, i, "attn", err));
+
+    TRY(ql_op_rmsnorm(&w->x, &layer->post_norm, eps, &w->h, err));
+    TRY(traced_layer(trace, err, &w->h, i, "post_norm"));
+    TRY(ql_op_matmul(&w->h, &linear[QL_GATE], false, &w->gate, err));
+    TRY(ql_op_matmul(&w->h, &linear[QL_UP], false, &w->up, err));
+    TRY(ql_op_swiglu(&w->gate, &w->up, &w->gate, err));
+    TRY(residual_matmul(&w->gate, &linear[QL_DOWN], &w->x, &w->h, trace, i, "mlp", err));
+    return traced_layer(trace, err, &w->x, i, "out");
+}
+
+static ql_status upload_i32(ql_llama *m, const int32_t *src, int64_t n, ql_tensor *out, ql_err *err)
+{
+    TRY(ql_tensor_new_1d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_I32, n, out, err));
+    return ql_tensor_upload(out, src, (size_t)n * sizeof *src, err);
+}
+
+/* Final norm and logits of the wanted rows among tokens first .. first + n of the pass. */
+static ql_status run_head(ql_llama *m, const layout *l, int64_t first, int64_t n, int64_t *done,
+                          const ql_trace *trace, ql_tensor *logits, ql_err *err)
+{
+    int64_t count = 0;
+    while (*done + count < l->outputs && l->out_token[*done + count] < first + n) count++;
+    struct ql_llama_work *w = &m->work;
+    float eps = (float)m->config.rms_eps;
+    if (trace) {
+        TRY(ql_op_rmsnorm(&w->x, &m->weights.norm, eps, &w->h, err));
+        TRY(traced(trace, err, &w->h, "norm"));
+    }
+    if (count == 0) return QL_OK;
+
+    ql_tensor rows = {0}, picked = {0}, normed = {0}, view = {0};
+    int32_t *local = ql_malloc((size_t)count * sizeof *local);
+    if (!local) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+    for (int64_t i = 0; i < count; i++) local[i] = l->out_token[*done + i] - (int32_t)first;
+    int64_t hidden = m->config.hidden;
+    ql_status status = upload_i32(m, local, count, &rows, err);
+    ql_free(local);
+    if (status != QL_OK) goto fail;
+    status = ql_tensor_new_2d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_F32, count, hidden, &picked, err);
+    if (status != QL_OK) goto fail;
+    status = ql_tensor_new_2d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_F32, count, hidden, &normed, err);
+    if (status != QL_OK) goto fail;
+    status = ql_tensor_rows(logits, *done, count, &view, err);
+    if (status != QL_OK) goto fail;
+    status = ql_op_gather_rows(&w->x, &rows, &picked, err);
+    if (status != QL_OK) goto fail;
+    status = ql_op_rmsnorm(&picked, &m->weights.norm, eps, &normed, err);
+    if (status != QL_OK) goto fail;
+    status = ql_op_matmul(&normed, &m->weights.lm_head, false, &view, err);
+    *done += count;
+fail:
+    ql_tensor_free(&rows);
+    ql_tensor_free(&picked);
+    ql_tensor_free(&normed);
+    ql_tensor_free(&view);
+    return status;
+}
+
+static ql_status run_chunk(ql_llama *m, const ql_kvcache *cache, const layout *l, const int32_t *ids,
+                           int64_t first, int64_t n, int64_t *done, const ql_trace *trace, ql_tensor *logits,
+                           ql_err *err)
+{
+    chunk c = {0};
+    ql_status status = work_reserve(m, n, err);
+    if (status != QL_OK) goto fail;
+    status = upload_i32(m, ids + first, n, &c.ids, err);
+    if (status != QL_OK) goto fail;
+    status = upload_i32(m, l->start + first, n, &c.start, err);
+    if (status != QL_OK) goto fail;
+    status = upload_i32(m, l->pos + first, n, &c.pos, err);
+    if (status != QL_OK) goto fail;
+    status = ql_op_embed(&m->weights.embed, &c.ids, &m->work.x, err);
+    if (status != QL_OK) goto fail;
+    status = traced(trace, err, &m->work.x, "embed");
+    for (int64_t i = 0; i < m->weights.layers && status == QL_OK; i++) {
+        status = ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted")
+                                  : run_layer(m, i, cache, &c, trace, err);
+    }
+    if (status == QL_OK) status = run_head(m, l, first, n, done, trace, logits, err);
+fail:
+    ql_tensor_free(&c.ids);
+    ql_tensor_free(&c.start);
+    ql_tensor_free(&c.pos);
+    return status;
+}
+
+ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *b, const ql_trace *trace,
+                           ql_tensor *logits, ql_err *err)
+{
+    memset(logits, 0, sizeof *logits);
+    layout l;
+    TRY(layout_make(m, cache, b, &l, err));
+    int64_t longest = 0, done = 0;
+    for (int64_t t = 0; t < l.tokens; t++) longest = l.pos[t] >= longest ? l.pos[t] + 1 : longest;
+    ql_status status = ql_rope_reserve(&m->rope, m->device, m->arena, longest, err);
+    if (status != QL_OK) goto fail;
+    status = ql_tensor_new_2d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_F32, l.outputs, m->config.vocab,
+                              logits, err);
+    if (status != QL_OK) goto fail;
+    /* A trace shows whole tensors, so it takes the batch in one piece. */
+    int64_t step = trace ? l.tokens : QL_LLAMA_CHUNK;
+    for (int64_t first = 0; first < l.tokens; first += step) {
+        int64_t n = l.tokens - first < step ? l.tokens - first : step;
+        status = run_chunk(m, cache, &l, b->ids, first, n, &done, trace, logits, err);
+        if (status != QL_OK) goto fail;
+    }
+    for (int row = 0; row < b->rows; row++) cache->length[b->seq ? b->seq[row] : row] += b->lengths[row];
+    ql_free(l.block);
+    return QL_OK;
+fail:
+    ql_tensor_free(logits);
+    ql_free(l.block);
+    return status;
+}
+
+ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql_kvcache *out, ql_err *err)
+{
+    return ql_kvcache_new(m->device, m->arena, (int)m->config.layers, m->config.kv_heads, m->config.head_dim,
+                          sequences, capacity, out, err);
+}
+
+/* A model without weights; `config` is moved in (and emptied) whatever happens. */
+static ql_status model_new(ql_device *dev, ql_config *config, ql_llama **out, ql_err *err)
+{
+    *out = NULL;
+    ql_llama *m = ql_calloc(1, sizeof *m);
+    if (!m) {
+        ql_config_free(config);
+        return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+    }
+    m->config = *config;
+    memset(config, 0, sizeof *config);
+    m->device = ql_device_retain(dev);
+    m->max_context = m->config.max_positions;
+    m->arena = ql_arena_new();
+    ql_status status =
+        m->arena ? ql_rope_init(&m->config, &m->rope, err) : ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+    if (status != QL_OK) {
+        ql_llama_free(m);
+        return status;
+    }
+    *out = m;
+    return QL_OK;
+}
+
+ql_status ql_llama_load(ql_device *dev, const char *folder, const ql_load_options *options, ql_llama **out,
+                        ql_err *err)
+{
+    *out = NULL;
+    ql_checkpoint *ck = NULL;
+    ql_llama *m = NULL;
+    ql_config config;
+    TRY(ql_config_load(folder, &config, err));
+    TRY(model_new(dev, &config, &m, err));
+    ql_status status = QL_OK;
+    if (options->max_context > m->config.max_positions) {
+        status = ql_err_set(err, QL_ERR_ARG, "max_context %lld is above the model's %lld positions",
+                            (long long)options->max_context, (long long)m->config.max_positions);
+        goto fail;
+    }
+    if (options->max_context > 0) m->max_context = options->max_context;
+    m->folder = ql_strdup(folder);
+    if (!m->folder) {
+        status = ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+        goto fail;
+    }
+    status = ql_checkpoint_open(folder, &ck, err);
+    if (status != QL_OK) goto fail;
+    status = ql_weights_load(dev, m->arena, ck, &m->config, options->dtype, &m->weights, err);
+    if (status != QL_OK) goto fail;
+    ql_checkpoint_close(ck);
+    *out = m;
+    return QL_OK;
+fail:
+    ql_checkpoint_close(ck);
+    ql_llama_free(m);
+    return status;
+}
+
+/* Copy a config with what it owns. */
+static ql_status config_copy(const ql_config *src, ql_config *out, ql_err *err)
+{
+    *out = *src;
+    out->quant.skip = NULL;
+    out->quant.skip_count = 0;
+    if (src->quant.skip_count == 0) return QL_OK;
+    out->quant.skip = ql_calloc(src->quant.skip_count, sizeof *out->quant.skip);
+    if (!out->quant.skip) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+    for (size_t i = 0; i < src->quant.skip_count; i++) {
+        out->quant.skip[i] = ql_strdup(src->quant.skip[i]);
+        out->quant.skip_count = i + 1;
+        if (!out->quant.skip[i]) {
+            ql_config_free(out);
+            return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+        }
+    }
+    return QL_OK;
+}
+
+static ql_status model_like(ql_device *dev, const ql_config *src, ql_llama **out, ql_err *err)
+{
+    ql_config config;
+    *out = NULL;
+    TRY(config_copy(src, &config, err));
+    return model_new(dev, &config, out, err);
+}
+
+ql_status ql_llama_random(ql_device *dev, const ql_config *config, ql_dtype dtype, uint64_t seed,
+                          ql_quant_policy policy, void *ud, ql_llama **out, ql_err *err)
+{
+    ql_llama *m = NULL;
+    *out = NULL;
+    TRY(model_like(dev, config, &m, err));
+    ql_status status =
+        ql_weights_random(dev, m->arena, &m->config, dtype, seed, policy, ud, &m->weights, err);
+    if (status != QL_OK) {
+        ql_llama_free(m);
+        return status;
+    }
+    *out = m;
+    return QL_OK;
+}
+
+ql_status ql_llama_quantize(const ql_llama *full, ql_quant_policy policy, void *ud, ql_llama **out,
+                            ql_err *err)
+{
+    ql_llama *m = NULL;
+    *out = NULL;
+    TRY(model_like(full->device, &full->config, &m, err));
+    m->max_context = full->max_context;
+    ql_status status = QL_OK;
+    if (full->folder && !(m->folder = ql_strdup(full->folder)))
+        status = ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+    if (status == QL_OK) status = ql_weights_quantize(&full->weights, m->arena, policy, ud, &m->weights, err);
+    if (status != QL_OK) {
+        ql_llama_free(m);
+        return status;
+    }
+    *out = m;
+    return QL_OK;
+}
+
+void ql_llama_free(ql_llama *m)
+{
+    if (!m) return;
+    work_free(&m->work);
+    ql_weights_free(&m->weights);
+    ql_rope_free(&m->rope);
+    ql_config_free(&m->config);
+    ql_arena_release(m->arena);
+    ql_device_release(m->device);
+    ql_free(m->folder);
+    ql_free(m);
+}
+
+ql_status ql_llama_save(const ql_llama *m, const char *folder, const ql_save_options *options, ql_err *err)
+{
+    ql_save_entry *entries = NULL;
+    size_t count = 0;
+    if (!m->folder && !options->source) {
+        ql_err_set(err, QL_ERR_ARG, "a synthetic model has no folder to take config.json and tokenizer from");
+        return ql_err_hint(err, "save a model that was loaded from a folder");
+    }
+    ql_save_options filled = *options;
+    if (!filled.source) filled.source = m->folder;
+    TRY(ql_weights_entries(&m->weights, &m->config, &entries, &count, err));
+    ql_status status = ql_save_model(folder, entries, count, &filled, err);
+    ql_free(entries);
+    return status;
+}

@@ -1,0 +1,78 @@
+/* A Llama model on a device: weights, tables and working memory, and its forward pass.
+ *
+ * A ql_llama owns its weights by reference (a quantized twin shares tensors with the full model and may
+ * outlive it), its working memory and its arena. One thread at a time per model.
+ */
+#ifndef QL_LLAMA_H
+#define QL_LLAMA_H
+
+#include "kvcache.h"
+#include "rope.h"
+#include "weights.h"
+
+typedef struct {
+    ql_device *device; /* one reference */
+    ql_arena *arena;   /* one reference */
+    ql_config config;  /* owned copy */
+    ql_weights weights;
+    ql_rope rope;
+    char *folder;        /* the checkpoint's folder, or NULL for a synthetic model */
+    int64_t max_context; /* longest sequence a forward pass takes */
+    struct ql_llama_work {
+        int64_t tokens;                         /* rows the tensors below have */
+        ql_tensor x, h, q, k, v, att, gate, up; /* F32 [tokens, width] */
+    } work;
+} ql_llama;
+
+/* The rows of one forward pass: row i appends lengths[i] tokens to sequence seq[i] of the cache and wants the
+ * logits of its last outputs[i] tokens. Rows lie one after the other in `ids`, without padding. */
+typedef struct {
+    int rows;
+    const int32_t *ids;     /* [sum of lengths] */
+    const int32_t *lengths; /* [rows], each >= 1 */
+    const int32_t *outputs; /* [rows], 0..lengths[i] */
+    const int32_t *seq;     /* [rows] distinct sequences of the cache; NULL: row i is sequence i */
+} ql_batch;
+
+/* Called with every intermediate tensor, F32 [T, width], of a pass: "embed", "norm", and per layer
+ * "layers.<i>.input_norm", ".q" and ".k" (after RoPE), ".attn" (after o_proj), ".post_norm", ".mlp", ".out".
+ */
+typedef struct {
+    ql_status (*fn)(void *ud, const char *name, const ql_tensor *value, ql_err *err);
+    void *ud;
+} ql_trace;
+
+typedef struct {
+    ql_dtype dtype;      /* QL_DTYPE_COUNT: as stored ("auto") */
+    int64_t max_context; /* 0: what the config allows */
+} ql_load_options;
+
+/* `folder`: a Hugging Face model folder. Free with ql_llama_free. */
+ql_status ql_llama_load(ql_device *dev, const char *folder, const ql_load_options *options,
+                        ql_llama **out /* [OUT] */, ql_err *err);
+/* Random weights in the shape of `config`, stored as `dtype` or as `policy` (may be NULL) says. */
+ql_status ql_llama_random(ql_device *dev, const ql_config *config, ql_dtype dtype, uint64_t seed,
+                          ql_quant_policy policy, void *ud, ql_llama **out /* [OUT] */, ql_err *err);
+/* The twin of `full` under `policy`; shares what the policy leaves alone. */
+ql_status ql_llama_quantize(const ql_llama *full, ql_quant_policy policy, void *ud,
+                            ql_llama **out /* [OUT] */, ql_err *err);
+/* Write a bitsandbytes-compatible folder; see ql_save_model. source NULL: the folder it came from. */
+ql_status ql_llama_save(const ql_llama *m, const char *folder, const ql_save_options *options, ql_err *err);
+void ql_llama_free(ql_llama *m);
+
+/* A cache for `sequences` rows of the given capacities (tokens). */
+ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql_kvcache *out /* [OUT] */,
+                         ql_err *err);
+
+/* Logits F32 [sum of outputs, vocab], rows in order; the caller frees them. `trace` may be NULL. The cache's
+ * lengths grow by the tokens of the batch; after a failure they are as before. Row i's bits do not depend on
+ * other rows. */
+ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *batch, const ql_trace *trace,
+                           ql_tensor *logits /* [OUT] */, ql_err *err);
+
+/* Bytes one forward pass of `tokens` tokens works in, without logits and cache: the analytic expectation. */
+size_t ql_llama_work_bytes(const ql_config *config, int64_t tokens);
+/* Tokens that go through the layers together; longer batches are taken in pieces of this size. */
+#define QL_LLAMA_CHUNK 512
+
+#endif
