@@ -265,16 +265,22 @@ fail:
 ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *b, const ql_trace *trace,
                            ql_tensor *logits, ql_err *err)
 {
-    memset(logits, 0, sizeof *logits);
     layout l;
-    TRY(layout_make(m, cache, b, &l, err));
+    ql_status status = layout_make(m, cache, b, &l, err);
+    if (status != QL_OK) {
+        ql_tensor_free(logits);
+        return status;
+    }
     int64_t longest = 0, done = 0;
     for (int64_t t = 0; t < l.tokens; t++) longest = l.pos[t] >= longest ? l.pos[t] + 1 : longest;
-    ql_status status = ql_rope_reserve(&m->rope, m->device, m->arena, longest, err);
+    status = ql_rope_reserve(&m->rope, m->device, m->arena, longest, err);
     if (status != QL_OK) goto fail;
-    status = ql_tensor_new_2d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_F32, l.outputs, m->config.vocab,
-                              logits, err);
-    if (status != QL_OK) goto fail;
+    if (!logits->storage || logits->shape[0] != l.outputs) {
+        ql_tensor_free(logits);
+        status = ql_tensor_new_2d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_F32, l.outputs, m->config.vocab,
+                                  logits, err);
+        if (status != QL_OK) goto fail;
+    }
     /* A trace shows whole tensors, so it takes the batch in one piece. */
     int64_t step = trace ? l.tokens : QL_LLAMA_CHUNK;
     for (int64_t first = 0; first < l.tokens; first += step) {

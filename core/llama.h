@@ -64,11 +64,12 @@ void ql_llama_free(ql_llama *m);
 ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql_kvcache *out /* [OUT] */,
                          ql_err *err);
 
-/* Logits F32 [sum of outputs, vocab], rows in order; the caller frees them. `trace` may be NULL. The cache's
- * lengths grow by the tokens of the batch; after a failure they are as before. Row i's bits do not depend on
- * other rows. */
+/* Logits F32 [sum of outputs, vocab], rows in order; the caller frees them. `logits` is empty, or the tensor
+ * of an earlier pass, which is filled again when its shape fits. `trace` may be NULL. The cache's lengths
+ * grow by the tokens of the batch; after a failure they are as before and `logits` is empty. Row i's bits do
+ * not depend on other rows. */
 ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *batch, const ql_trace *trace,
-                           ql_tensor *logits /* [OUT] */, ql_err *err);
+                           ql_tensor *logits /* [IN OUT] */, ql_err *err);
 
 /* Bytes one forward pass of `tokens` tokens works in, without logits and cache: the analytic expectation. */
 size_t ql_llama_work_bytes(const ql_config *config, int64_t tokens);
