@@ -65,7 +65,8 @@ describe("tasks.post", function()
   it("keeps the post's prompt with its faults", function()
     assert.equal("mmlu_virology_post", task.name)
     assert.equal("Recall your virology knowledge and box your final answer with [[A]] or [[B]] [[F]] or "
-      .. "[[D]], etc\n\nQ\n\nA: 1\nB: 2\nC: 3\nD: 4", task:prompt { question = "Q", choices = { "1", "2", "3", "4" } })
+      .. "[[D]], etc\n\nQ\n\nA: 1\nB: 2\nC: 3\nD: 4",
+      task:prompt { question = "Q", choices = { "1", "2", "3", "4" } })
     assert.equal("human", task:messages(ITEM)[1].role)
     assert.is_false(task.chat.add_generation_prompt)
     assert.is_true(task.keep { question = ("é"):rep(63) })

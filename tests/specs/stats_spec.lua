@@ -1,0 +1,194 @@
+local stats = require "qlua.stats"
+
+local function near(expected, actual, tolerance)
+  tolerance = tolerance or 1e-12
+  assert.is_true(math.abs(expected - actual) <= tolerance * math.max(1e-300, math.abs(expected)),
+    ("expected %.17g, got %.17g"):format(expected, actual))
+end
+
+local function read(path)
+  local file = io.open(path, "rb")
+  if not file then return nil end
+  local text = file:read("a")
+  file:close()
+  return text
+end
+
+describe("moments", function()
+  it("sums without losing small terms", function()
+    assert.equal(2.0, stats.sum { 1, 1e100, 1, -1e100 })
+  end)
+
+  it("mean, sd and standard error", function()
+    local values = { 2, 4, 4, 4, 5, 5, 7, 9 }
+    near(5, stats.mean(values))
+    near(2.1380899352993952, stats.sd(values))
+    near(2.1380899352993952 / math.sqrt(8), stats.stderr(values))
+    assert.is_nil(stats.sd { 1 })
+    assert.is_nil(stats.stderr { 1 })
+  end)
+
+  it("the stderr of a share is the harness's", function()
+    local values = {}
+    for i = 1, 79 do values[i] = i <= 38 and 1 or 0 end
+    near(math.sqrt(38 / 79 * 41 / 79 / 78), stats.stderr(values))
+  end)
+
+  it("percentiles are linear at f*(n-1)", function()
+    local values = { 40, 10, 30, 20 }
+    assert.same({ 10, 25, 40 }, {
+      stats.percentile(values, 0), stats.percentile(values, 0.5), stats.percentile(values, 1),
+    })
+    near(17.5, stats.percentile(values, 0.25))
+    assert.equal(25, stats.median(values))
+    assert.same({ 40, 10, 30, 20 }, values)
+    assert.equal(7, stats.percentile({ 7 }, 0.999))
+  end)
+
+  it("refuses what has no answer", function()
+    for _, call in ipairs {
+      function() stats.mean {} end, function() stats.mean { 1, 0 / 0 } end,
+      function() stats.percentile({ 1 }, 1.1) end, function() stats.covariance({ 1, 2 }, { 1 }) end,
+      function() stats.wilson(3, 2) end,
+      function() stats.wilson(0, 0) end, function() stats.wilson(1, 2, 1) end,
+      function() stats.mcnemar(-1, 2) end,
+      function() stats.bootstrap {} end, function() stats.flips({ 1 }, { 1, 2 }, { 1 }) end,
+      function() stats.random(1.5) end, function() stats.normal_quantile(0) end,
+    } do
+      assert.has_error(call)
+    end
+  end)
+end)
+
+describe("intervals and tests", function()
+  it("normal distribution", function()
+    for x, p in pairs {
+      [-10] = 7.61985302416047e-24, [-5] = 2.866515718791933e-07, [-2.6] = 0.004661188023718747,
+      [-1] = 0.15865525393145707, [2] = 0.9772498680518208, [0] = 0.5,
+    } do
+      near(p, stats.normal_cdf(x), 1e-13)
+    end
+    near(1.959963984540054, stats.normal_quantile(0.975), 1e-13)
+    near(-6.361340902404056, stats.normal_quantile(1e-10), 1e-13)
+    near(0.8416212335729143, stats.normal_quantile(0.8), 1e-13)
+  end)
+
+  it("Wilson", function()
+    local low, high = stats.wilson(38, 79)
+    near(0.37429730453787924, low)
+    near(0.5894889440059407, high)
+    assert.equal(0.0, (stats.wilson(0, 10)))
+    assert.equal(1.0, select(2, stats.wilson(10, 10)))
+  end)
+
+  it("exact McNemar", function()
+    for _, case in ipairs {
+      { 3, 10, 0.09228515625 }, { 10, 3, 0.09228515625 }, { 0, 1, 1.0 }, { 0, 0, 1.0 }, { 5, 5, 1.0 },
+      { 0, 40, 1.8189894035458565e-12 }, { 100, 150, 0.0018833009350761602 },
+      { 1000, 1200, 2.1817026407914194e-05 }, { 7000, 7300, 0.012403909154548443 },
+    } do
+      near(case[3], stats.mcnemar(case[1], case[2]))
+    end
+    assert.equal(0.0, stats.mcnemar(0, 5000))
+  end)
+
+  it("Holm keeps the order and stays monotone", function()
+    local adjusted = stats.holm { 0.01, 0.04, 0.03, 0.005 }
+    for i, p in ipairs { 0.03, 0.06, 0.06, 0.02 } do near(p, adjusted[i]) end
+    assert.same({ 1.0, 1.0 }, stats.holm { 0.7, 0.9 })
+    assert.same({}, stats.holm {})
+  end)
+end)
+
+describe("bootstrap", function()
+  local values = {}
+  for i = 1, 101 do values[i] = math.sin(i) ^ 2 end
+
+  it("gives xoshiro256**'s bits from splitmix64's seed", function()
+    local random = stats.random(42)
+    assert.equal(0x15780b2e0c2ec716, random())
+    assert.equal(0x6104d9866d113a7e, random())
+    assert.equal(math.tointeger(0xae17533239e499a1), random())
+  end)
+
+  it("is the same for the same seed, near the normal interval", function()
+    local low, high = stats.bootstrap(values, { seed = 7 })
+    local low2, high2 = stats.bootstrap(values, { seed = 7 })
+    assert.same({ low, high }, { low2, high2 })
+    assert.not_equal(low, (stats.bootstrap(values, { seed = 8 })))
+    local mean, stderr = stats.mean(values), stats.stderr(values)
+    near(mean - 1.96 * stderr, low, 0.02)
+    near(mean + 1.96 * stderr, high, 0.02)
+  end)
+
+  it("pairs what belongs together", function()
+    local shifted = {}
+    for i, value in ipairs(values) do shifted[i] = value + 0.25 end
+    local low, high = stats.bootstrap_difference(values, shifted, { resamples = 200 })
+    near(0.25, low)
+    near(0.25, high)
+  end)
+
+  it("draws every value equally often", function()
+    local seen = {}
+    for i = 1, 7 do seen[i] = 0 end
+    local probe = setmetatable({}, { __index = function(_, i)
+      if i > 7 then return nil end
+      seen[i] = seen[i] + 1
+      return 1.0
+    end, __len = function() return 7 end })
+    stats.bootstrap(probe, { resamples = 10000 })
+    for i = 1, 7 do near(10000, seen[i], 0.05) end
+  end)
+
+  it("shuffles without repeats", function()
+    local order = stats.shuffled(50, 3)
+    local sorted = table.move(order, 1, 50, 1, {})
+    table.sort(sorted)
+    for i = 1, 50 do assert.equal(i, sorted[i]) end
+    assert.same(order, stats.shuffled(50, 3))
+    assert.same(table.move(order, 1, 5, 1, {}), stats.shuffled(50, 3, 5))
+  end)
+end)
+
+describe("paired answers", function()
+  it("fills the 2 x 2 table and counts unreadable answers as wrong", function()
+    local reference, test = { 1, 1, 2, 3, false, false }, { 1, 2, 1, 4, false, 1 }
+    local t = stats.flips(reference, test, { 1, 1, 1, 1, 1, 1 })
+    assert.same({ 1, 1, 2, 1, 1 }, { t.both_right, t.right_wrong, t.wrong_right, t.same_wrong, t.other_wrong })
+    assert.same({ 2, 3 }, { t.right_a, t.right_b })
+    near(3 / 6, t.flips)
+    near(4 / 6, t.all_flips)
+  end)
+
+  it("says that 45 v 38 of 79 is not established", function()
+    local result = stats.compare { n = 79, right_wrong = 10, wrong_right = 3 }
+    assert.is_false(result.established)
+    assert.equal(163, result.needed)
+    assert.equal("difference of -8.9 points not established at n=79 (exact McNemar p = 0.092); about 170 "
+      .. "questions would show a difference of this size", result.sentence)
+  end)
+
+  it("says so when it is, and when there is none", function()
+    local result = stats.compare { n = 1000, right_wrong = 80, wrong_right = 30 }
+    assert.is_true(result.established)
+    assert.equal("difference of -5.0 points established at n=1000 (exact McNemar p < 0.001)", result.sentence)
+    assert.equal("no difference at n=9: each model alone is right on 1 question",
+      stats.compare({ n = 9, right_wrong = 1, wrong_right = 1 }).sentence)
+    assert.equal("difference of -5.0 points not established at n=1000 (adjusted p = 0.070)",
+      stats.compare({ n = 1000, right_wrong = 80, wrong_right = 30 }, 0.07).sentence)
+  end)
+
+  it("recovery", function()
+    near(0.8444444444444444, stats.recovery(0.45, 0.38))
+    assert.is_nil(stats.recovery(0, 0))
+  end)
+end)
+
+describe("SciPy's values", function()
+  it("agree", function()
+    local text = read "tests/golden/stats.json"
+    if not text then return pending "skipped: no tests/golden/stats.json" end
+    assert.is_table(require("qlua.json").decode(text))
+  end)
+end)
