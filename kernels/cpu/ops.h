@@ -1,0 +1,35 @@
+/* The functions of one instruction set, gathered into its qk_cpu by op_table.c. Internal to kernels/cpu. */
+#ifndef QK_OPS_H
+#define QK_OPS_H
+
+#include "v16.h"
+
+size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m);
+void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
+                     int64_t n0, int64_t n1, void *scratch);
+void QK_NAME(attention)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, void *scratch);
+void QK_NAME(rmsnorm)(const float *x, const float *w, float eps, int64_t h, float *y, int64_t t0, int64_t t1);
+void QK_NAME(rope)(float *x, const int32_t *pos, const float *cos, const float *sin, int heads, int d,
+                   int64_t t0, int64_t t1);
+void QK_NAME(swiglu)(const float *gate, const float *up, float *y, int64_t i0, int64_t i1);
+void QK_NAME(exp)(const float *x, float *y, int64_t i0, int64_t i1);
+void QK_NAME(binary)(qk_binary op, const float *a, const float *b, float scalar, bool reversed, float *y,
+                     int64_t i0, int64_t i1);
+void QK_NAME(convert)(qk_format from, const void *src, qk_format to, void *dst, int64_t i0, int64_t i1);
+void QK_NAME(quantize4)(qk_format from, const void *src, int64_t n, int block, const float *thresholds,
+                        const uint8_t *order, int zero_code, uint8_t *packed, float *absmax, int64_t b0,
+                        int64_t b1);
+void QK_NAME(dequantize4)(const qk_matrix *w, qk_format to, void *dst, int64_t i0, int64_t i1);
+float QK_NAME(probe_read)(const void *p, size_t bytes);
+double QK_NAME(probe_fma)(int64_t rounds, float *sink);
+
+/* Elements [i0, i1) of a flattened 4-bit matrix, decoded to dst[0 ..]. */
+void QK_NAME(decode4)(const qk_matrix *w, int64_t i0, int64_t i1, float *dst);
+
+/* The table's 16 values for the block that element i lies in, each as the decoded weight. */
+QK_INLINE v16 qk_block_lut(const qk_matrix *w, v16 code, int64_t block_index)
+{
+    return v16_round_to(w->round_to, v16_mul(code, v16_set1(w->absmax[block_index])));
+}
+
+#endif
