@@ -26,6 +26,13 @@ static bool same_shape(const ql_tensor *a, const ql_tensor *b)
     return true;
 }
 
+/* Two handles of one device share its memory. */
+static bool same_device(const ql_tensor *a, const ql_tensor *b)
+{
+    const ql_device *x = ql_tensor_device(a), *y = ql_tensor_device(b);
+    return x && y && x->backend == y->backend && x->index == y->index;
+}
+
 ql_status ql_op_embed(const ql_matrix *table, const ql_tensor *ids, ql_tensor *y, ql_err *err)
 {
     ql_device *dev = ql_tensor_device(y);
@@ -171,7 +178,7 @@ ql_status ql_op_kl(const ql_tensor *a, const ql_tensor *b, ql_tensor *out, ql_er
     REQUIRE(is(a, QL_F32, 2) && is(b, QL_F32, 2) && same_shape(a, b) && is(out, QL_F64, 1) &&
                 out->shape[0] == a->shape[0],
             "kl", "both logits are F32 [n, V], output is F64 [n]");
-    REQUIRE(ql_tensor_device(b) == dev, "kl", "the logits are on different devices");
+    REQUIRE(same_device(a, b), "kl", "the logits are on different devices");
     OP(dev, kl);
     return dev->backend->kl(dev->ctx, a, b, out, err);
 }
@@ -180,7 +187,7 @@ ql_status ql_op_binary(ql_binary_op op, const ql_tensor *a, const ql_tensor *b, 
 {
     ql_device *dev = ql_tensor_device(a);
     REQUIRE(a->dtype == QL_F32 && b->dtype == QL_F32 && y->dtype == QL_F32 && same_shape(a, b) &&
-                same_shape(a, y) && ql_tensor_device(b) == dev,
+                same_shape(a, y) && same_device(a, b),
             "arithmetic", "operands are F32 tensors of one shape on one device");
     OP(dev, binary);
     return dev->backend->binary(dev->ctx, op, a, b, 0, false, y, err);

@@ -1,0 +1,152 @@
+/* qlua.core.metrics: what two models' logits say about each other, one value a row. */
+#include "lua_box.h"
+#include "metrics.h"
+
+typedef struct {
+    const ql_tensor *a, *b;
+    int64_t rows;
+} pair;
+
+static pair check_pair(lua_State *L)
+{
+    pair p = {qlua_tensor_check(L, 1), qlua_tensor_check(L, 2), 0};
+    p.rows = p.a->shape[0];
+    if (p.a->ndim != 2 || p.b->ndim != 2) luaL_error(L, "logits are matrices [n, vocabulary]");
+    if (p.b->shape[0] != p.rows || p.b->shape[1] != p.a->shape[1])
+        luaL_error(L, "the logits differ in shape: [%I, %I] and [%I, %I]", p.rows, p.a->shape[1],
+                   p.b->shape[0], p.b->shape[1]);
+    return p;
+}
+
+static void *buffer(lua_State *L, int64_t count, size_t size)
+{
+    return lua_newuserdatauv(L, (size_t)(count ? count : 1) * size, 0);
+}
+
+static int push_doubles(lua_State *L, const double *values, int64_t n)
+{
+    lua_createtable(L, (int)n, 0);
+    for (int64_t i = 0; i < n; i++) {
+        lua_pushnumber(L, values[i]);
+        lua_rawseti(L, -2, i + 1);
+    }
+    return 1;
+}
+
+static int push_flags(lua_State *L, const uint8_t *values, int64_t n)
+{
+    lua_createtable(L, (int)n, 0);
+    for (int64_t i = 0; i < n; i++) {
+        lua_pushboolean(L, values[i]);
+        lua_rawseti(L, -2, i + 1);
+    }
+    return 1;
+}
+
+/* jaccard(a, b, {k, ...}) -> one table of values for each k */
+static int metrics_jaccard(lua_State *L)
+{
+    pair p = check_pair(L);
+    int32_t nk;
+    const int32_t *ks = qlua_check_ids(L, 3, &nk);
+    luaL_argcheck(L, nk > 0, 3, "no k given");
+    double *out = buffer(L, p.rows * nk, sizeof *out);
+    ql_err err;
+    if (ql_metrics_jaccard(p.a, p.b, ks, nk, out, &err) != QL_OK) return qlua_fail(L, &err);
+    lua_createtable(L, nk, 0);
+    for (int32_t j = 0; j < nk; j++) {
+        lua_createtable(L, (int)p.rows, 0);
+        for (int64_t i = 0; i < p.rows; i++) {
+            lua_pushnumber(L, out[i * nk + j]);
+            lua_rawseti(L, -2, i + 1);
+        }
+        lua_rawseti(L, -2, j + 1);
+    }
+    return 1;
+}
+
+/* agreement(a, b) -> booleans: the same most likely token */
+static int metrics_agreement(lua_State *L)
+{
+    pair p = check_pair(L);
+    uint8_t *out = buffer(L, p.rows, sizeof *out);
+    ql_err err;
+    if (ql_metrics_agreement(p.a, p.b, out, &err) != QL_OK) return qlua_fail(L, &err);
+    return push_flags(L, out, p.rows);
+}
+
+/* kl(a, b) -> KL(a || b) in nats */
+static int metrics_kl(lua_State *L)
+{
+    pair p = check_pair(L);
+    double *out = buffer(L, p.rows, sizeof *out);
+    ql_err err;
+    if (ql_metrics_kl(p.a, p.b, out, &err) != QL_OK) return qlua_fail(L, &err);
+    return push_doubles(L, out, p.rows);
+}
+
+static const int32_t *check_targets(lua_State *L, int arg, const ql_tensor *logits)
+{
+    int32_t n;
+    const int32_t *targets = qlua_check_ids(L, arg, &n);
+    if (n != logits->shape[0])
+        luaL_error(L, "bad argument #%d (%d target ids for %I rows)", arg, n, (lua_Integer)logits->shape[0]);
+    return targets;
+}
+
+/* delta_p(a, b, targets) -> q(target) - p(target) */
+static int metrics_delta_p(lua_State *L)
+{
+    pair p = check_pair(L);
+    const int32_t *targets = check_targets(L, 3, p.a);
+    double *out = buffer(L, p.rows, sizeof *out);
+    ql_err err;
+    if (ql_metrics_delta_p(p.a, p.b, targets, out, &err) != QL_OK) return qlua_fail(L, &err);
+    return push_doubles(L, out, p.rows);
+}
+
+/* nucleus(a, b, top_p, temperature) -> Jaccard of the nuclei */
+static int metrics_nucleus(lua_State *L)
+{
+    pair p = check_pair(L);
+    double top_p = luaL_checknumber(L, 3), temperature = luaL_optnumber(L, 4, 1);
+    double *out = buffer(L, p.rows, sizeof *out);
+    ql_err err;
+    if (ql_metrics_nucleus(p.a, p.b, top_p, temperature, out, &err) != QL_OK) return qlua_fail(L, &err);
+    return push_doubles(L, out, p.rows);
+}
+
+/* loglik(logits, targets) -> ln p(target), whether the target is the most likely token */
+static int metrics_loglik(lua_State *L)
+{
+    const ql_tensor *a = qlua_tensor_check(L, 1);
+    luaL_argcheck(L, a->ndim == 2, 1, "logits are a matrix [n, vocabulary]");
+    const int32_t *targets = check_targets(L, 2, a);
+    double *out = buffer(L, a->shape[0], sizeof *out);
+    uint8_t *greedy = buffer(L, a->shape[0], sizeof *greedy);
+    ql_err err;
+    if (ql_metrics_loglik(a, targets, out, greedy, &err) != QL_OK) return qlua_fail(L, &err);
+    push_doubles(L, out, a->shape[0]);
+    return 1 + push_flags(L, greedy, a->shape[0]);
+}
+
+/* entropy(logits) -> nats */
+static int metrics_entropy(lua_State *L)
+{
+    const ql_tensor *a = qlua_tensor_check(L, 1);
+    luaL_argcheck(L, a->ndim == 2, 1, "logits are a matrix [n, vocabulary]");
+    double *out = buffer(L, a->shape[0], sizeof *out);
+    ql_err err;
+    if (ql_metrics_entropy(a, out, &err) != QL_OK) return qlua_fail(L, &err);
+    return push_doubles(L, out, a->shape[0]);
+}
+
+void qlua_metrics_open(lua_State *L)
+{
+    static const luaL_Reg functions[] = {{"jaccard", metrics_jaccard}, {"agreement", metrics_agreement},
+                                         {"kl", metrics_kl},           {"delta_p", metrics_delta_p},
+                                         {"nucleus", metrics_nucleus}, {"loglik", metrics_loglik},
+                                         {"entropy", metrics_entropy}, {NULL, NULL}};
+    luaL_newlib(L, functions);
+    lua_setfield(L, -2, "metrics");
+}
