@@ -1,0 +1,16 @@
+/* The Lua modules written in C, by the name that `require` takes. main.c puts them into package.preload; a
+ * new binding adds its prototype and its line here. */
+#ifndef QLUA_MODULES_H
+#define QLUA_MODULES_H
+
+#include <lauxlib.h>
+#include <lua.h>
+
+int luaopen_qlua_interrupt(lua_State *L);
+
+static const luaL_Reg qlua_modules[] = {
+    {"qlua.interrupt", luaopen_qlua_interrupt},
+    {NULL, NULL},
+};
+
+#endif
