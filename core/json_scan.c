@@ -74,6 +74,24 @@ size_t ql_utf8_length(const char *p, const char *end)
     return 4;
 }
 
+const char *ql_json_shown(const char *text, size_t size, char out[QL_JSON_SHOWN])
+{
+    size_t n = 0;
+    while (n < size) {
+        size_t step = ql_utf8_length(text + n, text + size);
+        if (n + (step ? step : 1) > QL_JSON_SHOWN - 4) break;
+        unsigned char c = (unsigned char)text[n];
+        if (step <= 1) {
+            out[n++] = step && c >= 0x20 && c != 0x7f ? (char)c : '?';
+            continue;
+        }
+        memcpy(out + n, text + n, step);
+        n += step;
+    }
+    memcpy(out + n, n < size ? "..." : "", n < size ? 4 : 1);
+    return out;
+}
+
 /* Four hex digits at p, or -1. */
 static int hex4(const char *p, const char *end)
 {

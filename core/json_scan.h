@@ -63,6 +63,11 @@ ql_status ql_json_scan_skip(ql_json_scan *scan, ql_err *err);
  * itself. Returns the bytes written; no NUL is added. */
 size_t ql_json_unescape(const ql_json_token *token, char *dst /* [OUT] */);
 
+/* How a name from a file may stand in a message: cut to fit, and without control characters, which could move
+ * a terminal's cursor. Returns `out`. */
+#define QL_JSON_SHOWN 100
+const char *ql_json_shown(const char *text, size_t size, char out[QL_JSON_SHOWN] /* [OUT] */);
+
 /* Bytes of the well-formed UTF-8 character at p (1..4), or 0 if there is none before `end`. */
 size_t ql_utf8_length(const char *p, const char *end);
 
