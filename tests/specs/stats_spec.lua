@@ -155,7 +155,8 @@ describe("paired answers", function()
   it("fills the 2 x 2 table and counts unreadable answers as wrong", function()
     local reference, test = { 1, 1, 2, 3, false, false }, { 1, 2, 1, 4, false, 1 }
     local t = stats.flips(reference, test, { 1, 1, 1, 1, 1, 1 })
-    assert.same({ 1, 1, 2, 1, 1 }, { t.both_right, t.right_wrong, t.wrong_right, t.same_wrong, t.other_wrong })
+    assert.same({ 1, 1, 2, 1, 1 },
+      { t.both_right, t.right_wrong, t.wrong_right, t.same_wrong, t.other_wrong })
     assert.same({ 2, 3 }, { t.right_a, t.right_b })
     near(3 / 6, t.flips)
     near(4 / 6, t.all_flips)
