@@ -12,6 +12,8 @@
 ---
 --- `-` and `_` inside a flag's name are alike. A mistake ends the script with one line on stderr and code 1.
 
+local _ENV <const> = require "qlua.strict"
+
 local argparse = require "argparse"
 
 local cli = {}

@@ -3,6 +3,8 @@
 --- A file from a stranger either becomes a list of items or an error that names the file and the line on
 --- which the offending row starts; a bad row is never skipped. Lines count from 1. Answers are 1..4.
 
+local _ENV <const> = require "qlua.strict"
+
 local failure = require "qlua.failure"
 
 local data = {}

@@ -4,6 +4,8 @@
 --- Codes are the ones of core/err.h in lower case: "argument", "not_found", "io", "format", "unsupported",
 --- "memory", "device", "interrupted".
 
+local _ENV <const> = require "qlua.strict"
+
 ---@class qlua.failure
 ---@field code string    one of the codes above
 ---@field message string what is wrong and where: file, line or field, value

@@ -4,6 +4,8 @@
 --- Plain lists of numbers in, numbers out; no value is ever NaN. Misuse (an empty list, a NaN in it, k > n)
 --- raises. The same seed gives the same bits on every machine: the random generator is the module's own.
 
+local _ENV <const> = require "qlua.strict"
+
 local stats = {}
 
 --- Sum with Neumaier's compensation (ZAMM 54, 1974): the error does not grow with the number of values.

@@ -6,6 +6,8 @@
 ---
 --- They never share a task name. A task builds prompts and reads answers; it never touches a model.
 
+local _ENV <const> = require "qlua.strict"
+
 local text = require "qlua.text"
 
 local tasks = {}

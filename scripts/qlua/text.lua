@@ -1,5 +1,7 @@
 --- Text as people count it: white space and columns. All functions take any bytes, valid UTF-8 or not.
 
+local _ENV <const> = require "qlua.strict"
+
 local text = {}
 
 -- What Python's str.isspace() accepts beyond ASCII; ASCII is \t..\r, 0x1C..0x1F and the space.
