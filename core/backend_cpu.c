@@ -1,0 +1,702 @@
+/* The CPU backend: tensors to pointers, ranges to threads. The arithmetic is in kernels/cpu.
+ *
+ * A context serves one thread at a time. Indices that come in tensors (token ids, positions, rows, columns)
+ * are checked here, because only here they can be read.
+ */
+#include "backend.h"
+
+#include "mem.h"
+#include "pool.h"
+#include "qk.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+enum {
+    HUGE_PAGE = 2 << 20,
+    PIECE_WORK = 1 << 16,  /* multiply-adds, or so, that are worth handing to another thread */
+    PIECES = 8,            /* a thread, at most: enough to even out a busy machine */
+    ATTENTION_TOKENS = 16, /* tokens a piece of attention */
+};
+
+typedef struct {
+    const qk_cpu *qk;
+    ql_pool *pool;
+    int threads;
+    char *scratch; /* [threads][scratch_bytes], 64-byte aligned */
+    size_t scratch_bytes;
+} cpu_context;
+
+static const qk_format formats[] = {[QL_F32] = QK_F32, [QL_F16] = QK_F16, [QL_BF16] = QK_BF16};
+
+/* ---- memory ---- */
+
+/* A figure of /proc/meminfo in bytes, 0 when it is not there. */
+static size_t meminfo(const char *key)
+{
+    char line[128];
+    unsigned long long kib = 0;
+    size_t len = strlen(key);
+    FILE *f = fopen("/proc/meminfo", "re");
+    if (!f) return 0;
+    while (fgets(line, sizeof line, f)) {
+        if (strncmp(line, key, len) == 0 && line[len] == ':' && sscanf(line + len + 1, "%llu", &kib) == 1)
+            break;
+    }
+    fclose(f);
+    return (size_t)kib * 1024;
+}
+
+static size_t read_size(const char *path)
+{
+    unsigned long long value = 0;
+    FILE *f = fopen(path, "re");
+    if (!f) return 0;
+    if (fscanf(f, "%llu", &value) != 1) value = 0; /* "max" */
+    fclose(f);
+    return (size_t)value;
+}
+
+/* What can still be allocated: of the machine, and of the control group when it has a limit. */
+static size_t memory_available(void)
+{
+    size_t available = meminfo("MemAvailable");
+    size_t limit = read_size("/sys/fs/cgroup/memory.max"), used = read_size("/sys/fs/cgroup/memory.current");
+    if (limit && limit > used && limit - used < available) available = limit - used;
+    return available;
+}
+
+static ql_status cpu_alloc(void *ctx, size_t bytes, void **out, ql_err *err)
+{
+    (void)ctx;
+    bool big = bytes >= 4 * HUGE_PAGE;
+    *out = NULL;
+    /* The kernel hands out more than it has and ends the process later: a block that cannot fit is refused.
+     */
+    if (!big || bytes < 16 * HUGE_PAGE || bytes <= memory_available())
+        *out = ql_aligned(big ? HUGE_PAGE : 64, bytes);
+    if (!*out) {
+        ql_err_set(err, QL_ERR_MEMORY, "out of memory: %zu bytes (%.1f MiB) asked for, %.1f MiB available",
+                   bytes, (double)bytes / 0x1p20, (double)memory_available() / 0x1p20);
+        return ql_err_hint(err, "close models that are no longer needed, or use a smaller batch or context");
+    }
+    if (big) madvise(*out, bytes, MADV_HUGEPAGE); /* a tenth more read bandwidth; no matter if refused */
+    return QL_OK;
+}
+
+static void cpu_free(void *ctx, void *p, size_t bytes)
+{
+    (void)ctx;
+    (void)bytes;
+    ql_free(p);
+}
+
+static ql_status cpu_copy(void *ctx, void *dst, const void *src, size_t bytes, ql_err *err)
+{
+    (void)ctx;
+    (void)err;
+    if (bytes) memcpy(dst, src, bytes);
+    return QL_OK;
+}
+
+static ql_status cpu_sync(void *ctx, ql_err *err)
+{
+    (void)ctx;
+    (void)err;
+    return QL_OK;
+}
+
+static ql_status need_scratch(cpu_context *c, size_t bytes, ql_err *err)
+{
+    if (bytes <= c->scratch_bytes) return QL_OK;
+    size_t each = (bytes + 63) / 64 * 64, all;
+    char *p = ql_mul(each, (size_t)c->threads, &all) ? ql_aligned(64, all) : NULL;
+    if (!p)
+        return ql_err_set(err, QL_ERR_MEMORY, "out of memory: %zu bytes of scratch for each thread", each);
+    ql_free(c->scratch);
+    c->scratch = p;
+    c->scratch_bytes = each;
+    return QL_OK;
+}
+
+/* ---- opening ---- */
+
+static int cpu_count(void)
+{
+    return 1;
+}
+
+static void cpu_close(void *ctx)
+{
+    cpu_context *c = ctx;
+    if (!c) return;
+    ql_pool_free(c->pool);
+    ql_free(c->scratch);
+    ql_free(c);
+}
+
+static ql_status select_kernels(const qk_cpu **out, ql_err *err)
+{
+    const char *wanted = getenv("QLUA_CPU");
+    int why;
+    if (wanted && !*wanted) wanted = NULL;
+    *out = qk_cpu_select(wanted, &why);
+    if (*out) return QL_OK;
+    if (why == QK_ERR_MISSING)
+        ql_err_set(err, QL_ERR_UNSUPPORTED, "QLUA_CPU=%s: this processor does not have it", wanted);
+    else
+        ql_err_set(err, QL_ERR_ARG, "QLUA_CPU=%s: no such instruction set", wanted);
+    return ql_err_hint(err, "unset QLUA_CPU, or use one of avx512, avx2, scalar that the processor has");
+}
+
+static ql_status cpu_open(int index, int threads, void **out, ql_err *err)
+{
+    (void)index;
+    *out = NULL;
+    cpu_context *c = ql_calloc(1, sizeof *c);
+    if (!c) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+    ql_status status = select_kernels(&c->qk, err);
+    if (status == QL_OK) status = ql_pool_decide_threads(threads, &c->threads, err);
+    if (status == QL_OK) status = ql_pool_new(c->threads, &c->pool, err);
+    if (status != QL_OK) {
+        cpu_close(c);
+        return status;
+    }
+    *out = c;
+    return QL_OK;
+}
+
+static void cpu_brand(char *out, size_t size)
+{
+    char line[256];
+    snprintf(out, size, "CPU");
+    FILE *f = fopen("/proc/cpuinfo", "re");
+    if (!f) return;
+    while (fgets(line, sizeof line, f)) {
+        const char *colon = strchr(line, ':');
+        if (!colon || strncmp(line, "model name", 10) != 0) continue;
+        size_t skip = strspn(colon + 1, " \t");
+        snprintf(out, size, "%.*s", (int)strcspn(colon + 1 + skip, "\n"), colon + 1 + skip);
+        break;
+    }
+    fclose(f);
+}
+
+static ql_status cpu_info(void *ctx, ql_device_info *out, ql_err *err)
+{
+    (void)err;
+    const cpu_context *c = ctx;
+    *out = (ql_device_info){.threads = c->threads};
+    cpu_brand(out->name, sizeof out->name);
+    snprintf(out->isa, sizeof out->isa, "%s", c->qk->isa);
+    out->memory_total = meminfo("MemTotal");
+    out->memory_free = memory_available();
+    return QL_OK;
+}
+
+/* ---- work on threads ---- */
+
+typedef void range_fn(const void *args, int64_t i0, int64_t i1, void *scratch);
+
+typedef struct {
+    const cpu_context *c;
+    range_fn *fn;
+    const void *args;
+    int64_t total, step;
+} range;
+
+static void run_piece(void *ud, int64_t piece, int worker)
+{
+    const range *r = ud;
+    int64_t i0 = piece * r->step, i1 = r->total - i0 < r->step ? r->total : i0 + r->step;
+    r->fn(r->args, i0, i1, r->c->scratch + (size_t)worker * r->c->scratch_bytes);
+}
+
+/* fn over [0, total) in ranges that start at multiples of `multiple`; `work` is what one index costs, in
+ * units of PIECE_WORK. Small totals stay on this thread. */
+static void for_range(const cpu_context *c, int64_t total, int64_t multiple, double work, range_fn *fn,
+                      const void *args)
+{
+    if (total <= 0) return;
+    double worth = PIECE_WORK / (work > 0 ? work : 1);
+    int64_t step = (total + c->threads * PIECES - 1) / (c->threads * PIECES);
+    if (c->threads == 1 || (double)total <= worth)
+        step = total;
+    else if ((double)step < worth)
+        step = (int64_t)worth;
+    step = (step + multiple - 1) / multiple * multiple;
+    range r = {c, fn, args, total, step};
+    ql_pool_run(c->pool, run_piece, &r, (total + step - 1) / step);
+}
+
+/* Every index of a tensor must lie in [0, limit). */
+static ql_status check_indices(const char *what, const ql_tensor *t, int64_t limit, ql_err *err)
+{
+    const int32_t *v = t->data;
+    for (int64_t i = 0; i < t->shape[0]; i++) {
+        if (v[i] < 0 || v[i] >= limit)
+            return ql_err_set(err, QL_ERR_ARG, "%s %d at %lld is outside 0..%lld", what, v[i], (long long)i,
+                              (long long)limit - 1);
+    }
+    return QL_OK;
+}
+
+static ql_status check_slots(const ql_tensor *start, const ql_tensor *pos, int64_t slots, ql_err *err)
+{
+    const int32_t *s = start->data, *p = pos->data;
+    for (int64_t i = 0; i < start->shape[0]; i++) {
+        if (s[i] < 0 || p[i] < 0 || (int64_t)s[i] + p[i] >= slots)
+            return ql_err_set(err, QL_ERR_ARG,
+                              "token %lld: position %d from slot %d is outside a cache of %lld slots",
+                              (long long)i, p[i], s[i], (long long)slots);
+    }
+    return QL_OK;
+}
+
+static qk_matrix as_matrix(const ql_matrix *w)
+{
+    qk_matrix m = {.n = w->n, .k = w->k, .data = w->data.data};
+    m.format = w->quant ? QK_4BIT : formats[w->data.dtype];
+    if (!w->quant) return m;
+    m.absmax = w->absmax.data;
+    memcpy(m.code, w->quant->code, sizeof m.code);
+    m.block = w->quant->block;
+    m.round_to = formats[w->quant->value_dtype];
+    return m;
+}
+
+/* ---- a layer's steps ---- */
+
+typedef struct {
+    const qk_cpu *qk;
+    qk_format format;
+    const char *table;
+    const int32_t *ids;
+    float *y;
+    int64_t h;
+} embed_args;
+
+static void embed_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const embed_args *a = args;
+    int64_t row_bytes = a->h * (a->format == QK_F32 ? 4 : 2);
+    for (int64_t t = i0; t < i1; t++) {
+        a->qk->convert(a->format, a->table + a->ids[t] * row_bytes, QK_F32, a->y + t * a->h, 0, a->h);
+    }
+}
+
+static ql_status cpu_embed(void *ctx, const ql_matrix *table, const ql_tensor *ids, ql_tensor *y, ql_err *err)
+{
+    const cpu_context *c = ctx;
+    ql_status status = check_indices("token id", ids, table->n, err);
+    if (status != QL_OK) return status;
+    embed_args a = {c->qk, formats[table->data.dtype], table->data.data, ids->data, y->data, table->k};
+    for_range(c, ids->shape[0], 1, (double)table->k, embed_range, &a);
+    return QL_OK;
+}
+
+typedef struct {
+    const qk_cpu *qk;
+    const float *x, *w;
+    float eps;
+    int64_t h;
+    float *y;
+} rmsnorm_args;
+
+static void rmsnorm_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const rmsnorm_args *a = args;
+    a->qk->rmsnorm(a->x, a->w, a->eps, a->h, a->y, i0, i1);
+}
+
+static ql_status cpu_rmsnorm(void *ctx, const ql_tensor *x, const ql_tensor *w, float eps, ql_tensor *y,
+                             ql_err *err)
+{
+    (void)err;
+    const cpu_context *c = ctx;
+    rmsnorm_args a = {c->qk, x->data, w->data, eps, x->shape[1], y->data};
+    for_range(c, x->shape[0], 1, (double)a.h, rmsnorm_range, &a);
+    return QL_OK;
+}
+
+typedef struct {
+    const qk_cpu *qk;
+    qk_matrix w;
+    const float *bias, *x;
+    int64_t m;
+    bool add;
+    float *y;
+} matmul_args;
+
+static void matmul_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    const matmul_args *a = args;
+    a->qk->matmul(&a->w, a->bias, a->x, a->m, a->add, a->y, i0, i1, scratch);
+}
+
+static ql_status cpu_matmul(void *ctx, const ql_tensor *x, const ql_matrix *w, bool add, ql_tensor *y,
+                            ql_err *err)
+{
+    cpu_context *c = ctx;
+    matmul_args a = {c->qk, as_matrix(w), w->bias.storage ? w->bias.data : NULL, x->data, x->shape[0],
+                     add,   y->data};
+    ql_status status = need_scratch(c, c->qk->matmul_scratch(&a.w, a.m), err);
+    if (status != QL_OK) return status;
+    bool wide = w->n >= (int64_t)c->qk->matmul_rows_multiple * c->threads * 4;
+    for_range(c, w->n, wide ? c->qk->matmul_rows_multiple : 16, (double)w->k * (double)a.m, matmul_range, &a);
+    return QL_OK;
+}
+
+typedef struct {
+    const qk_cpu *qk;
+    float *x;
+    const int32_t *pos;
+    const float *cos, *sin;
+    int heads, d;
+} rope_args;
+
+static void rope_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const rope_args *a = args;
+    a->qk->rope(a->x, a->pos, a->cos, a->sin, a->heads, a->d, i0, i1);
+}
+
+static ql_status cpu_rope(void *ctx, ql_tensor *x, const ql_tensor *pos, const ql_tensor *cos,
+                          const ql_tensor *sin, int heads, ql_err *err)
+{
+    const cpu_context *c = ctx;
+    ql_status status = check_indices("position", pos, cos->shape[0], err);
+    if (status != QL_OK) return status;
+    rope_args a = {c->qk, x->data, pos->data, cos->data, sin->data, heads, (int)(x->shape[1] / heads)};
+    for_range(c, x->shape[0], 1, 2.0 * (double)x->shape[1], rope_range, &a);
+    return QL_OK;
+}
+
+static ql_status cpu_kv_write(void *ctx, const ql_tensor *k, const ql_tensor *v, const ql_tensor *start,
+                              const ql_tensor *pos, ql_kv_view cache, ql_err *err)
+{
+    (void)ctx;
+    const int64_t heads = cache.k->shape[0], slots = cache.k->shape[1], d = cache.k->shape[2];
+    ql_status status = check_slots(start, pos, slots, err);
+    if (status != QL_OK) return status;
+    for (int64_t t = 0; t < k->shape[0]; t++) {
+        int64_t slot = (int64_t)((const int32_t *)start->data)[t] + ((const int32_t *)pos->data)[t];
+        for (int64_t h = 0; h < heads; h++) {
+            int64_t from = (t * heads + h) * d, to = (h * slots + slot) * d;
+            memcpy((float *)cache.k->data + to, (const float *)k->data + from, (size_t)d * sizeof(float));
+            memcpy((float *)cache.v->data + to, (const float *)v->data + from, (size_t)d * sizeof(float));
+        }
+    }
+    return QL_OK;
+}
+
+typedef struct {
+    const cpu_context *c;
+    qk_attention a;
+    int64_t tokens, step;
+} attention_args;
+
+static void attention_piece(void *ud, int64_t piece, int worker)
+{
+    const attention_args *args = ud;
+    const cpu_context *c = args->c;
+    int64_t t0 = piece / args->a.kv_heads * args->step, t1 = t0 + args->step;
+    if (t1 > args->tokens) t1 = args->tokens;
+    c->qk->attention(&args->a, t0, t1, (int)(piece % args->a.kv_heads),
+                     c->scratch + (size_t)worker * c->scratch_bytes);
+}
+
+static ql_status cpu_attention(void *ctx, const ql_tensor *q, ql_kv_view cache, const ql_tensor *start,
+                               const ql_tensor *pos, int heads, ql_tensor *y, ql_err *err)
+{
+    cpu_context *c = ctx;
+    attention_args args = {c,
+                           {.q = q->data,
+                            .k = cache.k->data,
+                            .v = cache.v->data,
+                            .start = start->data,
+                            .pos = pos->data,
+                            .y = y->data,
+                            .heads = heads,
+                            .kv_heads = (int)cache.k->shape[0],
+                            .d = (int)cache.k->shape[2],
+                            .slots = cache.k->shape[1]},
+                           q->shape[0],
+                           ATTENTION_TOKENS};
+    ql_status status = check_slots(start, pos, args.a.slots, err);
+    if (status == QL_OK && cache.k->shape[2] > QK_MAX_HEAD_DIM)
+        status = ql_err_set(err, QL_ERR_UNSUPPORTED, "head_dim %lld is above %d",
+                            (long long)cache.k->shape[2], QK_MAX_HEAD_DIM);
+    if (status == QL_OK) status = need_scratch(c, QK_ATTENTION_SCRATCH, err);
+    if (status != QL_OK || args.tokens == 0) return status;
+    double work = 0;
+    for (int64_t t = 0; t < args.tokens; t++) work += 2.0 * (double)q->shape[1] * (args.a.pos[t] + 1);
+    while (args.step > 1 && (args.tokens + args.step - 1) / args.step * args.a.kv_heads < c->threads * PIECES)
+        args.step /= 2;
+    int64_t pieces = (args.tokens + args.step - 1) / args.step * args.a.kv_heads;
+    if (work <= PIECE_WORK)
+        for (int64_t i = 0; i < pieces; i++) attention_piece(&args, i, 0);
+    else
+        ql_pool_run(c->pool, attention_piece, &args, pieces);
+    return QL_OK;
+}
+
+typedef struct {
+    const qk_cpu *qk;
+    const float *a, *b;
+    float *y;
+    qk_binary op;
+    float scalar;
+    bool reversed;
+} elementwise_args;
+
+static void swiglu_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const elementwise_args *a = args;
+    a->qk->swiglu(a->a, a->b, a->y, i0, i1);
+}
+
+static ql_status cpu_swiglu(void *ctx, const ql_tensor *gate, const ql_tensor *up, ql_tensor *y, ql_err *err)
+{
+    (void)err;
+    const cpu_context *c = ctx;
+    elementwise_args a = {.qk = c->qk, .a = gate->data, .b = up->data, .y = y->data};
+    for_range(c, ql_tensor_count(y), 16, 16, swiglu_range, &a);
+    return QL_OK;
+}
+
+static void binary_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const elementwise_args *a = args;
+    a->qk->binary(a->op, a->a, a->b, a->scalar, a->reversed, a->y, i0, i1);
+}
+
+static ql_status cpu_binary(void *ctx, ql_binary_op op, const ql_tensor *a, const ql_tensor *b, float scalar,
+                            bool reversed, ql_tensor *y, ql_err *err)
+{
+    (void)err;
+    static const qk_binary ops[] = {
+        [QL_BIN_ADD] = QK_ADD, [QL_BIN_SUB] = QK_SUB, [QL_BIN_MUL] = QK_MUL, [QL_BIN_DIV] = QK_DIV};
+    const cpu_context *c = ctx;
+    elementwise_args args = {c->qk, a->data, b ? b->data : NULL, y->data, ops[op], scalar, reversed};
+    for_range(c, ql_tensor_count(y), 16, 4, binary_range, &args);
+    return QL_OK;
+}
+
+static ql_status cpu_gather_rows(void *ctx, const ql_tensor *x, const ql_tensor *rows, ql_tensor *y,
+                                 ql_err *err)
+{
+    (void)ctx;
+    ql_status status = check_indices("row", rows, x->shape[0], err);
+    if (status != QL_OK) return status;
+    const int64_t h = x->shape[1];
+    for (int64_t i = 0; i < rows->shape[0]; i++) {
+        memcpy((float *)y->data + i * h, (const float *)x->data + ((const int32_t *)rows->data)[i] * h,
+               (size_t)h * sizeof(float));
+    }
+    return QL_OK;
+}
+
+/* ---- rows of logits ---- */
+
+typedef struct {
+    const float *a, *b;
+    int64_t v;
+    int k;
+    double temperature;
+    float *values;
+    int32_t *ids;
+    double *out;
+} rows_args;
+
+static void topk_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const rows_args *a = args;
+    for (int64_t i = i0; i < i1; i++)
+        qk_topk(a->a + i * a->v, a->v, a->k, a->values + i * a->k, a->ids + i * a->k);
+}
+
+static ql_status cpu_topk(void *ctx, const ql_tensor *x, int k, ql_tensor *values, ql_tensor *ids,
+                          ql_err *err)
+{
+    (void)err;
+    rows_args a = {.a = x->data, .v = x->shape[1], .k = k, .values = values->data, .ids = ids->data};
+    for_range(ctx, x->shape[0], 1, 8.0 * (double)a.v, topk_range, &a);
+    return QL_OK;
+}
+
+static void logsumexp_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const rows_args *a = args;
+    for (int64_t i = i0; i < i1; i++) a->out[i] = qk_logsumexp(a->a + i * a->v, a->v, a->temperature);
+}
+
+static ql_status cpu_logsumexp(void *ctx, const ql_tensor *x, double temperature, ql_tensor *out, ql_err *err)
+{
+    (void)err;
+    rows_args a = {.a = x->data, .v = x->shape[1], .temperature = temperature, .out = out->data};
+    for_range(ctx, x->shape[0], 1, 64.0 * (double)a.v, logsumexp_range, &a);
+    return QL_OK;
+}
+
+static void softmax_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const rows_args *a = args;
+    for (int64_t i = i0; i < i1; i++) qk_softmax(a->a + i * a->v, a->v, a->temperature, a->values + i * a->v);
+}
+
+static ql_status cpu_softmax(void *ctx, const ql_tensor *x, double temperature, ql_tensor *y, ql_err *err)
+{
+    (void)err;
+    rows_args a = {.a = x->data, .v = x->shape[1], .temperature = temperature, .values = y->data};
+    for_range(ctx, x->shape[0], 1, 128.0 * (double)a.v, softmax_range, &a);
+    return QL_OK;
+}
+
+static void kl_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const rows_args *a = args;
+    for (int64_t i = i0; i < i1; i++) a->out[i] = qk_kl(a->a + i * a->v, a->b + i * a->v, a->v);
+}
+
+static ql_status cpu_kl(void *ctx, const ql_tensor *p, const ql_tensor *q, ql_tensor *out, ql_err *err)
+{
+    (void)err;
+    rows_args a = {.a = p->data, .b = q->data, .v = p->shape[1], .out = out->data};
+    for_range(ctx, p->shape[0], 1, 192.0 * (double)a.v, kl_range, &a);
+    return QL_OK;
+}
+
+static ql_status cpu_gather_cols(void *ctx, const ql_tensor *x, const ql_tensor *cols, ql_tensor *out,
+                                 ql_err *err)
+{
+    (void)ctx;
+    ql_status status = check_indices("column", cols, x->shape[1], err);
+    if (status != QL_OK) return status;
+    for (int64_t i = 0; i < x->shape[0]; i++) {
+        ((float *)out->data)[i] =
+            ((const float *)x->data)[i * x->shape[1] + ((const int32_t *)cols->data)[i]];
+    }
+    return QL_OK;
+}
+
+/* ---- stored formats ---- */
+
+typedef struct {
+    const qk_cpu *qk;
+    qk_format from, to;
+    const void *src;
+    void *dst;
+    int64_t n;
+    int block, zero_code;
+    const float *thresholds;
+    const uint8_t *order;
+    float *absmax;
+    qk_matrix w;
+} format_args;
+
+static void convert_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const format_args *a = args;
+    a->qk->convert(a->from, a->src, a->to, a->dst, i0, i1);
+}
+
+static ql_status cpu_convert(void *ctx, const ql_tensor *src, ql_tensor *dst, ql_err *err)
+{
+    (void)err;
+    const cpu_context *c = ctx;
+    format_args a = {.qk = c->qk,
+                     .from = formats[src->dtype],
+                     .to = formats[dst->dtype],
+                     .src = src->data,
+                     .dst = dst->data};
+    for_range(c, ql_tensor_count(src), 64, 2, convert_range, &a);
+    return QL_OK;
+}
+
+static void quantize4_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const format_args *a = args;
+    a->qk->quantize4(a->from, a->src, a->n, a->block, a->thresholds, a->order, a->zero_code, a->dst,
+                     a->absmax, i0, i1);
+}
+
+static ql_status cpu_quantize4(void *ctx, const ql_tensor *src, int block, const float *thresholds,
+                               const uint8_t *order, int zero_code, ql_tensor *packed, ql_tensor *absmax,
+                               ql_err *err)
+{
+    (void)err;
+    const cpu_context *c = ctx;
+    format_args a = {.qk = c->qk,
+                     .from = formats[src->dtype],
+                     .src = src->data,
+                     .dst = packed->data,
+                     .n = ql_tensor_count(src),
+                     .block = block,
+                     .zero_code = zero_code,
+                     .thresholds = thresholds,
+                     .order = order,
+                     .absmax = absmax->data};
+    for_range(c, (a.n + block - 1) / block, 1, 16.0 * block, quantize4_range, &a);
+    return QL_OK;
+}
+
+static void dequantize4_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const format_args *a = args;
+    a->qk->dequantize4(&a->w, a->to, a->dst, i0, i1);
+}
+
+static ql_status cpu_dequantize4(void *ctx, const ql_matrix *w, ql_tensor *dst, ql_err *err)
+{
+    (void)err;
+    const cpu_context *c = ctx;
+    format_args a = {.qk = c->qk, .to = formats[dst->dtype], .dst = dst->data, .w = as_matrix(w)};
+    for_range(c, ql_tensor_count(dst), w->quant->block, 4, dequantize4_range, &a);
+    return QL_OK;
+}
+
+const ql_backend ql_backend_cpu = {
+    .name = "cpu",
+    .abi = QL_BACKEND_ABI,
+    .count = cpu_count,
+    .open = cpu_open,
+    .close = cpu_close,
+    .info = cpu_info,
+    .alloc = cpu_alloc,
+    .free = cpu_free,
+    .upload = cpu_copy,
+    .download = cpu_copy,
+    .sync = cpu_sync,
+    .embed = cpu_embed,
+    .rmsnorm = cpu_rmsnorm,
+    .matmul = cpu_matmul,
+    .rope = cpu_rope,
+    .kv_write = cpu_kv_write,
+    .attention = cpu_attention,
+    .swiglu = cpu_swiglu,
+    .gather_rows = cpu_gather_rows,
+    .topk = cpu_topk,
+    .logsumexp = cpu_logsumexp,
+    .softmax = cpu_softmax,
+    .gather_cols = cpu_gather_cols,
+    .kl = cpu_kl,
+    .binary = cpu_binary,
+    .convert = cpu_convert,
+    .quantize4 = cpu_quantize4,
+    .dequantize4 = cpu_dequantize4,
+};
