@@ -2,19 +2,31 @@
 #include "lua_box.h"
 #include "metrics.h"
 
+/* Logits of n positions, [n, V], or of one, [V]. Shares no reference: valid while the box is open. */
+static ql_tensor check_logits(lua_State *L, int arg)
+{
+    ql_tensor t = *qlua_tensor_check(L, arg);
+    if (t.ndim > 2) luaL_argerror(L, arg, "logits are a matrix [n, vocabulary] or a vector [vocabulary]");
+    if (t.ndim == 1) {
+        t.shape[1] = t.shape[0];
+        t.shape[0] = 1;
+        t.ndim = 2;
+    }
+    return t;
+}
+
 typedef struct {
-    const ql_tensor *a, *b;
+    ql_tensor a, b;
     int64_t rows;
 } pair;
 
 static pair check_pair(lua_State *L)
 {
-    pair p = {qlua_tensor_check(L, 1), qlua_tensor_check(L, 2), 0};
-    p.rows = p.a->shape[0];
-    if (p.a->ndim != 2 || p.b->ndim != 2) luaL_error(L, "logits are matrices [n, vocabulary]");
-    if (p.b->shape[0] != p.rows || p.b->shape[1] != p.a->shape[1])
-        luaL_error(L, "the logits differ in shape: [%I, %I] and [%I, %I]", p.rows, p.a->shape[1],
-                   p.b->shape[0], p.b->shape[1]);
+    pair p = {check_logits(L, 1), check_logits(L, 2), 0};
+    p.rows = p.a.shape[0];
+    if (p.b.shape[0] != p.rows || p.b.shape[1] != p.a.shape[1])
+        luaL_error(L, "the logits differ in shape: [%I, %I] and [%I, %I]", (lua_Integer)p.rows,
+                   (lua_Integer)p.a.shape[1], (lua_Integer)p.b.shape[0], (lua_Integer)p.b.shape[1]);
     return p;
 }
 
@@ -52,7 +64,7 @@ static int metrics_jaccard(lua_State *L)
     luaL_argcheck(L, nk > 0, 3, "no k given");
     double *out = buffer(L, p.rows * nk, sizeof *out);
     ql_err err;
-    if (ql_metrics_jaccard(p.a, p.b, ks, nk, out, &err) != QL_OK) return qlua_fail(L, &err);
+    if (ql_metrics_jaccard(&p.a, &p.b, ks, nk, out, &err) != QL_OK) return qlua_fail(L, &err);
     lua_createtable(L, nk, 0);
     for (int32_t j = 0; j < nk; j++) {
         lua_createtable(L, (int)p.rows, 0);
@@ -71,7 +83,7 @@ static int metrics_agreement(lua_State *L)
     pair p = check_pair(L);
     uint8_t *out = buffer(L, p.rows, sizeof *out);
     ql_err err;
-    if (ql_metrics_agreement(p.a, p.b, out, &err) != QL_OK) return qlua_fail(L, &err);
+    if (ql_metrics_agreement(&p.a, &p.b, out, &err) != QL_OK) return qlua_fail(L, &err);
     return push_flags(L, out, p.rows);
 }
 
@@ -81,7 +93,7 @@ static int metrics_kl(lua_State *L)
     pair p = check_pair(L);
     double *out = buffer(L, p.rows, sizeof *out);
     ql_err err;
-    if (ql_metrics_kl(p.a, p.b, out, &err) != QL_OK) return qlua_fail(L, &err);
+    if (ql_metrics_kl(&p.a, &p.b, out, &err) != QL_OK) return qlua_fail(L, &err);
     return push_doubles(L, out, p.rows);
 }
 
@@ -98,10 +110,10 @@ static const int32_t *check_targets(lua_State *L, int arg, const ql_tensor *logi
 static int metrics_delta_p(lua_State *L)
 {
     pair p = check_pair(L);
-    const int32_t *targets = check_targets(L, 3, p.a);
+    const int32_t *targets = check_targets(L, 3, &p.a);
     double *out = buffer(L, p.rows, sizeof *out);
     ql_err err;
-    if (ql_metrics_delta_p(p.a, p.b, targets, out, &err) != QL_OK) return qlua_fail(L, &err);
+    if (ql_metrics_delta_p(&p.a, &p.b, targets, out, &err) != QL_OK) return qlua_fail(L, &err);
     return push_doubles(L, out, p.rows);
 }
 
@@ -112,33 +124,31 @@ static int metrics_nucleus(lua_State *L)
     double top_p = luaL_checknumber(L, 3), temperature = luaL_optnumber(L, 4, 1);
     double *out = buffer(L, p.rows, sizeof *out);
     ql_err err;
-    if (ql_metrics_nucleus(p.a, p.b, top_p, temperature, out, &err) != QL_OK) return qlua_fail(L, &err);
+    if (ql_metrics_nucleus(&p.a, &p.b, top_p, temperature, out, &err) != QL_OK) return qlua_fail(L, &err);
     return push_doubles(L, out, p.rows);
 }
 
 /* loglik(logits, targets) -> ln p(target), whether the target is the most likely token */
 static int metrics_loglik(lua_State *L)
 {
-    const ql_tensor *a = qlua_tensor_check(L, 1);
-    luaL_argcheck(L, a->ndim == 2, 1, "logits are a matrix [n, vocabulary]");
-    const int32_t *targets = check_targets(L, 2, a);
-    double *out = buffer(L, a->shape[0], sizeof *out);
-    uint8_t *greedy = buffer(L, a->shape[0], sizeof *greedy);
+    ql_tensor a = check_logits(L, 1);
+    const int32_t *targets = check_targets(L, 2, &a);
+    double *out = buffer(L, a.shape[0], sizeof *out);
+    uint8_t *greedy = buffer(L, a.shape[0], sizeof *greedy);
     ql_err err;
-    if (ql_metrics_loglik(a, targets, out, greedy, &err) != QL_OK) return qlua_fail(L, &err);
-    push_doubles(L, out, a->shape[0]);
-    return 1 + push_flags(L, greedy, a->shape[0]);
+    if (ql_metrics_loglik(&a, targets, out, greedy, &err) != QL_OK) return qlua_fail(L, &err);
+    push_doubles(L, out, a.shape[0]);
+    return 1 + push_flags(L, greedy, a.shape[0]);
 }
 
 /* entropy(logits) -> nats */
 static int metrics_entropy(lua_State *L)
 {
-    const ql_tensor *a = qlua_tensor_check(L, 1);
-    luaL_argcheck(L, a->ndim == 2, 1, "logits are a matrix [n, vocabulary]");
-    double *out = buffer(L, a->shape[0], sizeof *out);
+    ql_tensor a = check_logits(L, 1);
+    double *out = buffer(L, a.shape[0], sizeof *out);
     ql_err err;
-    if (ql_metrics_entropy(a, out, &err) != QL_OK) return qlua_fail(L, &err);
-    return push_doubles(L, out, a->shape[0]);
+    if (ql_metrics_entropy(&a, out, &err) != QL_OK) return qlua_fail(L, &err);
+    return push_doubles(L, out, a.shape[0]);
 }
 
 void qlua_metrics_open(lua_State *L)

@@ -1,0 +1,59 @@
+--- What a device can do, beyond the primitives in C: load models, measure time.
+
+local core = require "qlua.core"
+local stats = require "qlua.stats"
+local sys = require "qlua.sys"
+
+local device = core.methods "device"
+
+---@class qlua.device
+---@field info fun(self): table        { name, hardware, isa, threads, memory_total, memory_free }
+---@field memory fun(self): table      { total, free, process, process_peak } in bytes
+---@field reset_peak fun(self): boolean  process_peak starts again from now
+---@field sync fun(self)               wait until everything queued has finished
+---@field close fun(self)
+
+--- Loads a model from a folder or, by id, from the Hugging Face cache on disk.
+---@param model string
+---@param options? { dtype: string?, max_context: integer? }  dtype: "auto" (as stored), "float32", "bfloat16", "float16"
+---@return qlua.model?, qlua.failure?
+function device:load(model, options)
+  local folder, err = core.resolve(model)
+  if not folder then return nil, err end
+  return core.load(self, folder, options)
+end
+
+--- What is reported of a list of seconds.
+---@param samples number[]
+---@return { median: number, mean: number, sd: number, p10: number, p90: number, min: number, max: number, n: integer,
+---  samples: number[] }
+function device.summary(samples)
+  local s = stats.summary(samples)
+  return { median = s.median, mean = s.mean, sd = #samples > 1 and stats.sd(samples) or 0, min = s.min, max = s.max,
+    p10 = stats.percentile(samples, 0.1), p90 = s.p90, n = #samples, samples = samples }
+end
+
+--- Times `fn`: `warmup` calls that do not count, then at least `runs` calls and `min_seconds` seconds, the device
+--- synchronised before each reading of the clock.
+---@param fn function
+---@param options? { warmup: integer?, runs: integer?, min_seconds: number? }
+---@return { median: number, mean: number, sd: number, p10: number, p90: number, min: number, max: number, n: integer,
+---  samples: number[] }  seconds
+function device:time(fn, options)
+  options = options or {}
+  local runs, least = options.runs or 20, options.min_seconds or 0.5
+  for _ = 1, options.warmup or 3 do fn() end
+  local samples, spent = {}, 0
+  while #samples < runs or spent < least do
+    self:sync()
+    local begin = sys.time()
+    fn()
+    self:sync()
+    local seconds = sys.time() - begin
+    samples[#samples + 1] = seconds
+    spent = spent + seconds
+  end
+  return device.summary(samples)
+end
+
+return device

@@ -1,0 +1,189 @@
+--- Metrics on the logits of two models at one position, and the contract they share with a user's own.
+---
+--- A metric has
+---   name              what the table calls it
+---   add(self, reference, test, item)   one position: logits [vocab] of the full model and of the
+---                     quantized one, and the item they belong to (question, choices, answer, and
+---                     `target`, the token id of the right answer, where the task has one)
+---   value(self)       a number, or a table of numbers by name
+--- and may have
+---   higher_is_better  boolean
+---   values            list with one number an item: the table then shows mean, interval and median
+---
+--- A user's metric is a Lua file that returns one, or a function that makes one, or a list of these.
+
+local core = require "qlua.core"
+local failure = require "qlua.failure"
+local stats = require "qlua.stats"
+
+local metrics = {}
+
+---@class qlua.metric
+---@field name string
+---@field higher_is_better boolean?
+---@field values number[]?
+---@field add fun(self, reference: qlua.tensor, test: qlua.tensor, item: table)
+---@field value fun(self): number|table<string, number>
+
+--- A metric with one number an item, `measure(reference, test, item)`; nil leaves the item out.
+---@param name string
+---@param higher_is_better boolean?
+---@param measure fun(reference: qlua.tensor, test: qlua.tensor, item: table): number?
+---@return qlua.metric
+function metrics.per_item(name, higher_is_better, measure)
+  local metric = { name = name, higher_is_better = higher_is_better, values = {} }
+  function metric:add(reference, test, item)
+    self.values[#self.values + 1] = measure(reference, test, item)
+  end
+  function metric:value() return stats.mean(self.values) end
+  return metric
+end
+
+--- Jaccard@k: shared part of the two sets of the k most likely tokens; ties go to the lower id.
+---@param k integer
+---@return qlua.metric
+function metrics.jaccard(k)
+  local ks = { k }
+  return metrics.per_item("jaccard@" .. k, true, function(reference, test)
+    if k > reference:size(1) then
+      error(("k = %d is larger than the vocabulary of %d"):format(k, reference:size(1)), 0)
+    end
+    return core.metrics.jaccard(reference, test, ks)[1][1]
+  end)
+end
+
+--- Share of positions where both models have the same most likely token.
+---@return qlua.metric
+function metrics.agreement()
+  return metrics.per_item("top1_agreement", true, function(reference, test)
+    return core.metrics.agreement(reference, test)[1] and 1 or 0
+  end)
+end
+
+--- KL(full || quantized) in nats over the whole vocabulary.
+---@return qlua.metric
+function metrics.kl()
+  return metrics.per_item("kl_full_quantized", false, function(reference, test)
+    return core.metrics.kl(reference, test)[1]
+  end)
+end
+
+--- Change of the probability of the right answer's token; only for items that have a target.
+---@return qlua.metric
+function metrics.delta_p()
+  local metric = metrics.per_item("delta_p", nil, function(reference, test, item)
+    return item.target and core.metrics.delta_p(reference, test, { item.target })[1] or nil
+  end)
+  return metric
+end
+
+--- Jaccard of the nuclei at top_p and a temperature.
+---@param top_p number
+---@param temperature number?
+---@return qlua.metric
+function metrics.nucleus(top_p, temperature)
+  temperature = temperature or 1
+  return metrics.per_item(("nucleus@%g,t=%g"):format(top_p, temperature), true, function(reference, test)
+    return core.metrics.nucleus(reference, test, top_p, temperature)[1]
+  end)
+end
+
+--- Logits [n, vocab] at once: { ln p(target) }, { target is the most likely token }.
+---@param logits qlua.tensor
+---@param targets integer[]
+---@return number[], boolean[]
+function metrics.loglik(logits, targets)
+  return core.metrics.loglik(logits, targets)
+end
+
+local function check(metric, where)
+  if type(metric) ~= "table" then
+    return nil, failure("format", ("%s: a metric is a table, not a %s"):format(where, type(metric)))
+  end
+  for field, kind in pairs { name = "string", add = "function", value = "function" } do
+    if type(metric[field]) ~= kind then
+      return nil, failure("format", ("%s: the metric's field '%s' is a %s, not a %s"):format(where, field,
+        type(metric[field]), kind), "see examples/metrics for one that works")
+    end
+  end
+  if metric.values ~= nil and type(metric.values) ~= "table" then
+    return nil, failure("format", where .. ": the metric's field 'values' is not a list of numbers")
+  end
+  return metric
+end
+
+--- The metrics that a Lua file returns.
+---@param path string
+---@return qlua.metric[]?, qlua.failure?
+function metrics.load(path)
+  local chunk, why = loadfile(path, "t")
+  if not chunk then return nil, failure("not_found", ("cannot load the metric %s"):format(why)) end
+  local ok, made = pcall(chunk)
+  if not ok then return nil, failure("format", ("%s: %s"):format(path, tostring(made))) end
+  if type(made) ~= "table" or made.name or #made == 0 then made = { made } end
+  local list = {}
+  for i, entry in ipairs(made) do
+    if type(entry) == "function" then entry = entry() end
+    local metric, err = check(entry, path)
+    if not metric then return nil, err end
+    list[i] = metric
+  end
+  if #list == 0 then return nil, failure("format", path .. ": the file returns no metric") end
+  return list
+end
+
+--- All metrics of several files.
+---@param paths string[]
+---@return qlua.metric[]?, qlua.failure?
+function metrics.load_all(paths)
+  local list = {}
+  for _, path in ipairs(paths or {}) do
+    local more, err = metrics.load(path)
+    if not more then return nil, err end
+    table.move(more, 1, #more, #list + 1, list)
+  end
+  return list
+end
+
+--- Give one position to every metric of a list; an error in a user's metric names it.
+---@param list qlua.metric[]
+---@param reference qlua.tensor
+---@param test qlua.tensor
+---@param item table
+function metrics.add(list, reference, test, item)
+  for _, metric in ipairs(list) do
+    local ok, why = pcall(metric.add, metric, reference, test, item)
+    if not ok then error(("metric %s: %s"):format(metric.name, tostring(why)), 0) end
+  end
+end
+
+--- Rows for a table: { name, value, low, high, median, n, higher_is_better }; low and high are a seeded 95 % bootstrap
+--- interval of the mean where the metric keeps one number an item.
+---@param list qlua.metric[]
+---@param seed integer?
+---@return table[]
+function metrics.summary(list, seed)
+  local rows = {}
+  for _, metric in ipairs(list) do
+    local values = metric.values
+    if values and #values > 0 then
+      local low, high = stats.bootstrap(values, { seed = seed or 1 })
+      rows[#rows + 1] = { name = metric.name, value = stats.mean(values), low = low, high = high,
+        median = stats.median(values), n = #values, higher_is_better = metric.higher_is_better,
+        stderr = #values > 1 and stats.stderr(values) or nil, values = values }
+    elseif not values then
+      local value = metric:value()
+      if type(value) ~= "table" then value = { [""] = value } end
+      local names = {}
+      for name in pairs(value) do names[#names + 1] = name end
+      table.sort(names)
+      for _, name in ipairs(names) do
+        rows[#rows + 1] = { name = name == "" and metric.name or metric.name .. "." .. name,
+          value = value[name], higher_is_better = metric.higher_is_better }
+      end
+    end
+  end
+  return rows
+end
+
+return metrics

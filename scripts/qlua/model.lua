@@ -1,0 +1,185 @@
+--- What a model can do, beyond the primitives in C: text in and out, generation with stop strings, its quantized twin.
+
+local core = require "qlua.core"
+local failure = require "qlua.failure"
+local policy = require "qlua.policy"
+
+local model = core.methods "model"
+
+---@class qlua.model
+---@field forward fun(self, rows: integer[]|integer[][], options?: { rows: "last"|"all"|integer[], trace: function? }):
+---  qlua.tensor?, qlua.failure?  logits [n, vocab]; several rows are packed one after the other
+---@field memory fun(self): table      bytes of its own arena by kind, `peak` likewise, `resident` with shared tensors
+---@field reset_peak fun(self)
+---@field save fun(self, folder: string, options?: { force: boolean? }): boolean?, qlua.failure?
+---@field sha256 fun(self): string?, qlua.failure?  identity of the checkpoint's bytes
+---@field close fun(self)
+
+local tokenizers = setmetatable({}, { __mode = "k" })
+
+--- The tokenizer of the model's folder, loaded at the first call.
+---@return qlua.tokenizer?, qlua.failure?
+function model:tokenizer()
+  local known = tokenizers[self]
+  if known then return known end
+  local folder = self:info().folder
+  if not folder then
+    return nil, failure("not_found", "a synthetic model has no tokenizer", "pass token ids")
+  end
+  local tok, err = require("qlua.tokenizer").load(folder)
+  if tok then tokenizers[self] = tok end
+  return tok, err
+end
+
+--- Token ids of `text`; bos (default true): with the post-processor's tokens; special (default false): special tokens
+--- written in the text are recognised.
+---@param text string
+---@param options? { bos: boolean?, special: boolean? }
+---@return integer[]?, qlua.failure?
+function model:encode(text, options)
+  local tok, err = self:tokenizer()
+  if not tok then return nil, err end
+  return tok:encode(text, options)
+end
+
+---@param ids integer[]
+---@param options? { skip_special: boolean? }
+---@return string?, qlua.failure?
+function model:decode(ids, options)
+  local tok, err = self:tokenizer()
+  if not tok then return nil, err end
+  return tok:decode(ids, options)
+end
+
+--- Splits `stop` into token ids and strings.
+local function stops(stop)
+  local ids, strings = {}, {}
+  if stop == nil then return ids, strings end
+  if type(stop) ~= "table" then stop = { stop } end
+  for _, entry in ipairs(stop) do
+    if math.type(entry) == "integer" then
+      ids[#ids + 1] = entry
+    elseif type(entry) == "string" and entry ~= "" then
+      strings[#strings + 1] = entry
+    else
+      error("option 'stop' holds token ids and texts", 3)
+    end
+  end
+  return ids, strings
+end
+
+--- A function that says whether a row's text so far holds one of `strings`.
+local function string_stopper(self, strings)
+  local tok = assert(self:tokenizer())
+  local longest = 0
+  for _, s in ipairs(strings) do longest = math.max(longest, #s) end
+  local streams, tails = {}, {}
+  return function(row, id)
+    streams[row] = streams[row] or tok:stream()
+    local tail = (tails[row] or "") .. streams[row]:push(id)
+    for _, s in ipairs(strings) do
+      if tail:find(s, 1, true) then return true end
+    end
+    tails[row] = tail:sub(-longest)
+    return false
+  end
+end
+
+local PASSED <const> = { "max_new_tokens", "temperature", "top_k", "top_p", "seed", "streams" }
+local KNOWN <const> = { max_new_tokens = true, temperature = true, top_k = true, top_p = true, seed = true,
+  streams = true, stop = true, on_token = true, ignore_eos = true }
+
+--- Generates after one prompt or a batch of prompts. temperature 0 (default) is greedy. `stop`: ids and texts, beside
+--- the model's own end-of-sequence ids (unless ignore_eos). `streams`: a number for each row that its draws depend on,
+--- beside the seed, so that a row draws the same in any batch. on_token(row, id) may return true to end its row.
+---@param prompts integer[]|integer[][]
+---@param options? { max_new_tokens: integer?, temperature: number?, top_k: integer?, top_p: number?, seed: integer?,
+---  streams: integer[]?, stop: (integer|string)[]?, on_token: function?, ignore_eos: boolean? }
+---@return integer[]|integer[][]|nil ids, table stats  stats: prefill_seconds, decode_seconds, prompt_tokens,
+---  decode_tokens, decode_steps, stop ("length", "token", "caller", "context"; one for each row of a batch)
+function model:generate(prompts, options)
+  options = options or {}
+  for key in pairs(options) do
+    if not KNOWN[key] then error(("unknown option '%s'"):format(tostring(key)), 2) end
+  end
+  local passed = {}
+  for _, key in ipairs(PASSED) do passed[key] = options[key] end
+  local ids, strings = stops(options.stop)
+  if not options.ignore_eos then table.move(self:info().eos, 1, #self:info().eos, #ids + 1, ids) end
+  passed.stop_ids = ids
+  local user, text_stop = options.on_token, #strings > 0 and string_stopper(self, strings) or nil
+  if user or text_stop then
+    passed.on_token = function(row, id)
+      local wanted = user and user(row, id)
+      return (text_stop and text_stop(row, id)) or wanted
+    end
+  end
+  local batch = type(prompts[1]) == "table"
+  local rows, timing = self:_generate(batch and prompts or { prompts }, passed)
+  if not rows then return nil, timing end
+  local result, ends = {}, {}
+  for i, row in ipairs(rows) do result[i], ends[i] = row.ids, row.stop end
+  timing.stop = batch and ends or ends[1]
+  return batch and result or result[1], timing
+end
+
+--- The quantized twin: shares every tensor that it does not change. Options: see qlua.policy.
+---@param options? table
+---@return qlua.model?, qlua.failure?
+function model:quantize(options)
+  local twin, err = self:_quantize(policy.make(options or {}))
+  if twin then tokenizers[twin] = tokenizers[self] end
+  return twin, err
+end
+
+--- How the linear layers are stored: { label, scheme, block, double, quantized, matrices }; label is "nf4", "bfloat16",
+--- "mixed nf4 12/30" and the like.
+local function quantization(self, dtype)
+  local quantized, first, same = 0, nil, true
+  local matrices = self:_matrices()
+  for _, m in ipairs(matrices) do
+    if m.scheme then
+      quantized = quantized + 1
+      first = first or m
+      same = same and m.scheme == first.scheme and m.block == first.block and m.double == first.double
+    end
+  end
+  if not first then return { label = dtype, quantized = 0, matrices = #matrices } end
+  local linears = #matrices - (matrices[#matrices].scheme and 0 or 1)
+  local label = same and first.scheme or "mixed"
+  if quantized < linears then label = ("%s %d/%d"):format(label, quantized, linears) end
+  return { label = label, scheme = same and first.scheme or nil, block = same and first.block or nil,
+    double = same and first.double or nil, quantized = quantized, matrices = #matrices }
+end
+
+local primitive_info = model.info
+
+--- What the model is: architecture, params, bytes (resident), layers, hidden, intermediate, heads, kv_heads, head_dim,
+--- vocab, max_context, dtype, kv_dtype, tied, bos, eos, device, folder, quant (see above).
+---@return table
+function model:info()
+  local info = primitive_info(self)
+  info.quant = quantization(self, info.dtype)
+  return info
+end
+
+--- The linear layers, in order: { name, rows, columns, bytes, dtype, shared, scheme, block, double }.
+---@return table[]
+function model:matrices()
+  return self:_matrices()
+end
+
+--- The analytic expectation in bytes for one forward pass of `rows` rows of `tokens` tokens.
+---@param rows integer
+---@param tokens integer
+---@param outputs integer  rows of logits wanted
+---@return { weights: integer, kv: integer, activations: integer, total: integer }
+function model:expected_memory(rows, tokens, outputs)
+  local work, slot = self:_work_bytes(rows * tokens)
+  local info = primitive_info(self)
+  local result = { weights = info.bytes, kv = rows * tokens * slot, activations = work + 4 * info.vocab * outputs }
+  result.total = result.weights + result.kv + result.activations
+  return result
+end
+
+return model
