@@ -3,6 +3,7 @@
 #include <locale.h>
 #include <math.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -188,6 +189,18 @@ static double to_double(const char *text)
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, make_locale);
     return c_locale ? strtod_l(text, NULL, c_locale) : strtod(text, NULL);
+}
+
+void ql_json_number_text(double value, char out[QL_JSON_NUMBER])
+{
+    to_double("0"); /* makes c_locale */
+    locale_t before = c_locale ? uselocale(c_locale) : (locale_t)0;
+    for (int digits = 15; digits <= 17; digits++) {
+        snprintf(out, QL_JSON_NUMBER - 2, "%.*g", digits, value);
+        if (strtod(out, NULL) == value) break;
+    }
+    if (before) uselocale(before);
+    if (!strpbrk(out, ".e")) strcat(out, ".0");
 }
 
 static bool is_digit(char c)

@@ -63,6 +63,11 @@ ql_status ql_json_scan_skip(ql_json_scan *scan, ql_err *err);
  * itself. Returns the bytes written; no NUL is added. */
 size_t ql_json_unescape(const ql_json_token *token, char *dst /* [OUT] */);
 
+/* The shortest decimal that reads back as `value`, in any locale: 0.1, 1e-05, 2.0. A float always shows a
+ * point or an exponent. `value` is finite. */
+#define QL_JSON_NUMBER 40
+void ql_json_number_text(double value, char out[QL_JSON_NUMBER] /* [OUT] */);
+
 /* How a name from a file may stand in a message: cut to fit, and without control characters, which could move
  * a terminal's cursor. Returns `out`. */
 #define QL_JSON_SHOWN 100

@@ -2,8 +2,8 @@
 #include "json_scan.h"
 #include "mem.h"
 #include "safetensors.h"
+#include "text.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,58 +21,6 @@ struct ql_st_writer {
     size_t count, capacity;
     uint64_t data_begin; /* 0 until begun */
 };
-
-/* Text that grows; `failed` once memory ran out. */
-typedef struct {
-    char *text;
-    size_t size, capacity;
-    bool failed;
-} buffer;
-
-static void put(buffer *to, const char *text, size_t size)
-{
-    if (to->failed) return;
-    if (to->capacity - to->size < size) {
-        size_t capacity = (to->size + size) * 2;
-        char *wider = ql_realloc(to->text, capacity);
-        if (!wider) {
-            to->failed = true;
-            return;
-        }
-        to->text = wider;
-        to->capacity = capacity;
-    }
-    memcpy(to->text + to->size, text, size);
-    to->size += size;
-}
-
-static void put_text(buffer *to, const char *text)
-{
-    put(to, text, strlen(text));
-}
-
-static void put_integer(buffer *to, unsigned long long value)
-{
-    char digits[24];
-    snprintf(digits, sizeof digits, "%llu", value);
-    put_text(to, digits);
-}
-
-static void put_string(buffer *to, const char *text)
-{
-    put_text(to, "\"");
-    for (const char *p = text; *p; p++) {
-        char escaped[8];
-        if (*p == '"' || *p == '\\')
-            snprintf(escaped, sizeof escaped, "\\%c", *p);
-        else if ((unsigned char)*p < 0x20)
-            snprintf(escaped, sizeof escaped, "\\u%04x", (unsigned char)*p);
-        else
-            snprintf(escaped, sizeof escaped, "%c", *p);
-        put_text(to, escaped);
-    }
-    put_text(to, "\"");
-}
 
 ql_status ql_st_writer_open(const char *path, ql_st_writer **writer, ql_err *err)
 {
@@ -144,26 +92,18 @@ static int by_width(const void *a, const void *b)
     return n != m ? (n > m ? -1 : 1) : by_name(a, b);
 }
 
-static void put_entry(buffer *to, const entry *item)
+static void put_entry(ql_text *to, const entry *item)
 {
-    put_text(to, ",");
-    put_string(to, item->name);
-    put_text(to, ":{\"dtype\":\"");
-    put_text(to, ql_dtype_name(item->dtype));
-    put_text(to, "\",\"shape\":[");
-    for (int i = 0; i < item->ndim; i++) {
-        if (i) put_text(to, ",");
-        put_integer(to, (unsigned long long)item->shape[i]);
-    }
-    put_text(to, "],\"data_offsets\":[");
-    put_integer(to, item->begin);
-    put_text(to, ",");
-    put_integer(to, item->begin + item->bytes);
-    put_text(to, "]}");
+    ql_text_puts(to, ",");
+    ql_text_json(to, item->name, strlen(item->name));
+    ql_text_printf(to, ":{\"dtype\":\"%s\",\"shape\":[", ql_dtype_name(item->dtype));
+    for (int i = 0; i < item->ndim; i++) ql_text_printf(to, i ? ",%lld" : "%lld", (long long)item->shape[i]);
+    ql_text_printf(to, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)item->begin,
+                   (unsigned long long)(item->begin + item->bytes));
 }
 
 /* Give every entry its place and write the header's text. */
-static ql_status make_header(ql_st_writer *writer, entry **order, buffer *text, ql_err *err)
+static ql_status make_header(ql_st_writer *writer, entry **order, ql_text *text, ql_err *err)
 {
     uint64_t end = 0;
     for (size_t i = 0; i < writer->count; i++) order[i] = &writer->entries[i];
@@ -172,15 +112,15 @@ static ql_status make_header(ql_st_writer *writer, entry **order, buffer *text, 
         if (strcmp(order[i - 1]->name, order[i]->name) == 0)
             return ql_err_set(err, QL_ERR_ARG, "tensor \"%.100s\" is added twice", order[i]->name);
     qsort(order, writer->count, sizeof(entry *), by_width);
-    put_text(text, "{\"__metadata__\":{\"format\":\"pt\"}");
+    ql_text_puts(text, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (size_t i = 0; i < writer->count; i++) {
         order[i]->begin = end;
         if (__builtin_add_overflow(end, order[i]->bytes, &end) || end > INT64_MAX)
             return ql_err_set(err, QL_ERR_ARG, "%s: its tensors overflow a file", writer->file.path);
         put_entry(text, order[i]);
     }
-    put_text(text, "}");
-    while (text->size % 8 && !text->failed) put_text(text, " ");
+    ql_text_puts(text, "}");
+    while (text->size % 8 && !text->failed) ql_text_puts(text, " ");
     if (text->failed) return ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to write it", writer->file.path);
     if (text->size > QL_ST_HEADER_MAX)
         return ql_err_set(err, QL_ERR_ARG, "%s: too many tensors for one file", writer->file.path);
@@ -191,7 +131,7 @@ ql_status ql_st_writer_begin(ql_st_writer *writer, ql_err *err)
 {
     if (!writer->file.path || writer->data_begin)
         return ql_err_set(err, QL_ERR_ARG, "the header is already written");
-    buffer text = {0};
+    ql_text text = {0};
     unsigned char length[8];
     entry **order = ql_malloc(writer->count * sizeof(entry *));
     ql_status status = order ? make_header(writer, order, &text, err)
@@ -200,10 +140,10 @@ ql_status ql_st_writer_begin(ql_st_writer *writer, ql_err *err)
         for (int i = 0; i < 8; i++) length[i] = (unsigned char)(text.size >> 8 * i);
         status = ql_file_pwrite(&writer->file, 0, length, sizeof length, err);
     }
-    if (!status) status = ql_file_pwrite(&writer->file, sizeof length, text.text, text.size, err);
+    if (!status) status = ql_file_pwrite(&writer->file, sizeof length, text.data, text.size, err);
     if (!status) writer->data_begin = sizeof length + text.size;
     ql_free(order);
-    ql_free(text.text);
+    ql_text_free(&text);
     return status;
 }
 
