@@ -228,8 +228,8 @@ def decode(packed, state):
     """bitsandbytes' dequantizer, given the weight as one row.
 
     Blocks run through the flattened weight, across rows. That is how CUDA, and the quantizer on every device,
-    count them, but the CPU dequantizer of 0.50.2 starts anew in every row and is wrong where a row is not a whole
-    number of blocks.
+    count them, but the CPU dequantizer of 0.50.2 takes them from the start of the row, which can be wrong where a
+    row is not a whole number of blocks.
     """
     import bitsandbytes.functional as F
 
