@@ -164,11 +164,8 @@ ql_status ql_json_int(ql_json_at at, const char *key, int64_t min, int64_t max, 
                       int64_t *out, ql_err *err)
 {
     const cJSON *item = ql_json_get(at.object, key);
-    *out = 0;
-    if (!item && fallback) {
-        *out = *fallback;
-        return QL_OK;
-    }
+    *out = fallback ? *fallback : 0; /* one place may be both */
+    if (!item && fallback) return QL_OK;
     if (!cJSON_IsNumber(item)) return wrong(at, key, item, "an integer", err);
     double value = item->valuedouble;
     if (!(fabs(value) <= 9007199254740992.0) || value != floor(value))
@@ -185,11 +182,8 @@ ql_status ql_json_number(ql_json_at at, const char *key, double min, double max,
                          double *out, ql_err *err)
 {
     const cJSON *item = ql_json_get(at.object, key);
-    *out = 0;
-    if (!item && fallback) {
-        *out = *fallback;
-        return QL_OK;
-    }
+    *out = fallback ? *fallback : 0; /* one place may be both */
+    if (!item && fallback) return QL_OK;
     if (!cJSON_IsNumber(item)) return wrong(at, key, item, "a number", err);
     if (!(item->valuedouble >= min && item->valuedouble <= max))
         return ql_err_set(err, QL_ERR_FORMAT, "%s: %s%s = %.9g, expected %.9g to %.9g", at.file, at.prefix,
@@ -201,11 +195,8 @@ ql_status ql_json_number(ql_json_at at, const char *key, double min, double max,
 ql_status ql_json_bool(ql_json_at at, const char *key, const bool *fallback, bool *out, ql_err *err)
 {
     const cJSON *item = ql_json_get(at.object, key);
-    *out = false;
-    if (!item && fallback) {
-        *out = *fallback;
-        return QL_OK;
-    }
+    *out = fallback && *fallback;
+    if (!item && fallback) return QL_OK;
     if (!cJSON_IsBool(item)) return wrong(at, key, item, "true or false", err);
     *out = cJSON_IsTrue(item);
     return QL_OK;
@@ -215,11 +206,8 @@ ql_status ql_json_string(ql_json_at at, const char *key, const char *const *fall
                          ql_err *err)
 {
     const cJSON *item = ql_json_get(at.object, key);
-    *out = NULL;
-    if (!item && fallback) {
-        *out = *fallback;
-        return QL_OK;
-    }
+    *out = fallback ? *fallback : NULL;
+    if (!item && fallback) return QL_OK;
     if (!cJSON_IsString(item)) return wrong(at, key, item, "a string", err);
     *out = item->valuestring;
     return QL_OK;
