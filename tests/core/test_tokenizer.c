@@ -108,7 +108,7 @@ static void expect_ids(ql_tokenizer *t, const char *name, const cJSON *row, cons
     char *text = string(row, "text", &len);
     int32_t *expected = numbers(ql_json_get(row, key), &want);
     int32_t *ids = encode(t, text, len, flags, &got);
-    if (got != want || memcmp(ids, expected, got * sizeof *ids) != 0) {
+    if (got != want || (got > 0 && memcmp(ids, expected, got * sizeof *ids) != 0)) {
         for (size_t i = 0; i < got; i++) fprintf(stderr, " %d", (int)ids[i]);
         fail_msg("%s: %s of \"%s\" differ", name, key, text);
     }
