@@ -61,12 +61,13 @@ static qlua_line_status read_statement(lua_State *L, int *status)
     if (got != QLUA_LINE_OK) return got;
 
     const char *first = lua_tostring(L, 1);
-    if (first[0] == '=') { /* Lua 5.1's way to ask for a value */
-        lua_pushstring(L, first + 1);
+    bool asked = first[0] == '='; /* Lua 5.1's way to ask for a value */
+    if (asked) {
+        lua_pushfstring(L, "return %s", first + 1);
         lua_replace(L, 1);
     }
     *status = LUA_OK;
-    if (!load_expression(L, 1)) {
+    if (asked || !load_expression(L, 1)) {
         for (;;) {
             size_t length;
             const char *text = lua_tolstring(L, 1, &length);

@@ -42,7 +42,8 @@ local function check_versions()
   if ok then
     note("versions", "qlua", core.version)
   else
-    problem("versions", "qlua", "error", "the C modules did not load: " .. first_line(core), "build qlua again")
+    problem("versions", "qlua", "error", "the C modules did not load: " .. first_line(core),
+      "build qlua again")
   end
   note("versions", "library", package.searchpath("qlua.strict", package.path):match("^(.*)/strict%.lua$"))
   for _, name in ipairs { "argparse", "lfs", "lpeg" } do
@@ -121,8 +122,8 @@ local function check_devices()
   end
   if not gpu then
     local driver = read("/proc/driver/nvidia/version") ~= nil
-    problem("devices", "cuda", "note", driver and "NVIDIA driver present, but no CUDA device" or "no NVIDIA driver",
-      "models run on the CPU")
+    problem("devices", "cuda", "note",
+      driver and "NVIDIA driver present, but no CUDA device" or "no NVIDIA driver", "models run on the CPU")
   end
 end
 
@@ -176,10 +177,10 @@ for _, argument in ipairs(arg) do
   if argument == "--json" then
     as_json = true
   elseif argument == "--help" or argument == "-h" then
-    print("usage: qlua doctor [--json]\n\nWhat this machine offers to qlua and what is missing, with the fix.")
+    print("usage: qlua doctor [--json]\n\nWhat this machine offers, and what is missing with its fix.")
     return
   else
-    io.stderr:write(("qlua doctor: unknown argument '%s' (usage: qlua doctor [--json])\n"):format(argument))
+    io.stderr:write("qlua doctor: unknown argument '", argument, "' (usage: qlua doctor [--json])\n")
     os.exit(1, true)
   end
 end
