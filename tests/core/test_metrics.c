@@ -7,8 +7,10 @@
 #include <cmocka.h>
 
 #include "backend.h"
+#include "json.h"
 #include "mem.h"
 #include "metrics.h"
+#include "safetensors.h"
 #include "sampler.h"
 
 #include <math.h>
@@ -248,6 +250,92 @@ static void nucleus(void **state)
     ql_tensor_free(&b);
 }
 
+#define GOLDEN QLUA_SOURCE_DIR "/tests/golden/metrics"
+
+static ql_tensor golden_logits(const ql_st *st, const char *name)
+{
+    const ql_st_tensor *t = ql_st_find(st, name);
+    assert_non_null(t);
+    size_t bytes = ql_st_tensor_bytes(t);
+    float *data = malloc(bytes);
+    assert_int_equal(ql_st_read(st, t, 0, bytes, data, NULL), QL_OK);
+    ql_tensor out = tensor(data, t->shape[0], t->shape[1]);
+    free(data);
+    return out;
+}
+
+static double number(const cJSON *row, const char *key)
+{
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(row, key);
+    assert_true(cJSON_IsNumber(item));
+    return item->valuedouble;
+}
+
+static double item(const cJSON *row, const char *key, int i)
+{
+    return cJSON_GetArrayItem(cJSON_GetObjectItemCaseSensitive(row, key), i)->valuedouble;
+}
+
+static bool close_to(double got, double want, double tolerance)
+{
+    return fabs(got - want) <= tolerance * fmax(1, fabs(want));
+}
+
+/* Near and far pairs, flat and peaked, ties, large offsets; values by NumPy and SciPy in float64. */
+static void golden(void **state)
+{
+    (void)state;
+    enum { MAX = 64 };
+    ql_st *st;
+    cJSON *root;
+    assert_int_equal(ql_st_open(GOLDEN ".safetensors", &st, NULL), QL_OK);
+    assert_int_equal(ql_json_load(GOLDEN ".json", 1 << 20, &root, NULL), QL_OK);
+    ql_tensor a = golden_logits(st, "a"), b = golden_logits(st, "b");
+    const cJSON *rows = cJSON_GetObjectItemCaseSensitive(root, "rows"), *row;
+    int n = cJSON_GetArraySize(rows), nk = 0, ks[8], r = 0;
+    assert_int_equal(n, a.shape[0]);
+    assert_in_range(n, 1, MAX);
+    cJSON_ArrayForEach(row, cJSON_GetObjectItemCaseSensitive(root, "ks")) ks[nk++] = row->valueint;
+    double jaccard[MAX * 8], kl[MAX], dp[MAX], ll[MAX], h[MAX], nuclei[8][MAX];
+    uint8_t same[MAX], greedy[MAX];
+    int32_t targets[MAX];
+    cJSON_ArrayForEach(row, rows) targets[r++] = (int32_t)number(row, "target");
+    assert_int_equal(ql_metrics_jaccard(&a, &b, ks, nk, jaccard, NULL), QL_OK);
+    assert_int_equal(ql_metrics_agreement(&a, &b, same, NULL), QL_OK);
+    assert_int_equal(ql_metrics_kl(&a, &b, kl, NULL), QL_OK);
+    assert_int_equal(ql_metrics_delta_p(&a, &b, targets, dp, NULL), QL_OK);
+    assert_int_equal(ql_metrics_loglik(&a, targets, ll, greedy, NULL), QL_OK);
+    assert_int_equal(ql_metrics_entropy(&a, h, NULL), QL_OK);
+    int settings = 0;
+    const cJSON *setting;
+    cJSON_ArrayForEach(setting, cJSON_GetObjectItemCaseSensitive(root, "nuclei"))
+    {
+        assert_int_equal(ql_metrics_nucleus(&a, &b, number(setting, "top_p"), number(setting, "temperature"),
+                                            nuclei[settings], NULL),
+                         QL_OK);
+        settings++;
+    }
+    r = 0;
+    cJSON_ArrayForEach(row, rows)
+    {
+        for (int j = 0; j < nk; j++) assert_true(jaccard[r * nk + j] == item(row, "jaccard", j));
+        assert_int_equal(same[r], (int)number(row, "agreement"));
+        assert_int_equal(greedy[r], (int)number(row, "greedy"));
+        assert_true(close_to(kl[r], number(row, "kl"), 1e-12));
+        assert_true(close_to(h[r], number(row, "entropy"), 1e-12));
+        assert_true(close_to(ll[r], number(row, "loglik"), 1e-12));
+        assert_true(close_to(dp[r], number(row, "delta_p"), 1e-12));
+        for (int j = 0; j < settings; j++) {
+            if (item(row, "nucleus_margin", j) > 1e-12) assert_true(nuclei[j][r] == item(row, "nucleus", j));
+        }
+        r++;
+    }
+    cJSON_Delete(root);
+    ql_st_close(st);
+    ql_tensor_free(&a);
+    ql_tensor_free(&b);
+}
+
 static void bad_arguments(void **state)
 {
     (void)state;
@@ -372,6 +460,7 @@ int main(void)
         cmocka_unit_test(divergence_and_probabilities),
         cmocka_unit_test(values_known_by_hand),
         cmocka_unit_test(nucleus),
+        cmocka_unit_test(golden),
         cmocka_unit_test(bad_arguments),
         cmocka_unit_test(bad_logits_name_their_row),
         cmocka_unit_test(no_rows),
