@@ -1,4 +1,5 @@
 #include "lua_box.h"
+#include "interrupt.h"
 
 #include <math.h>
 #include <string.h>
@@ -98,7 +99,7 @@ ql_tensor *qlua_tensor_check(lua_State *L, int arg)
 
 int qlua_fail(lua_State *L, const ql_err *err)
 {
-    if (err->code == QL_ERR_INTERRUPTED) return luaL_error(L, "interrupted!");
+    if (err->code == QL_ERR_INTERRUPTED) return qlua_interrupt_raise(L);
     if (err->code != QL_ERR_ARG) return qlua_push_err(L, err);
     if (err->hint[0]) return luaL_error(L, "%s (%s)", err->message, err->hint);
     return luaL_error(L, "%s", err->message);
