@@ -31,18 +31,20 @@ static const char *const copied[] = {"tokenizer.json",
                                      "chat_template.json",
                                      "generation_config.json"};
 
+#define COPIED (sizeof copied / sizeof *copied)
+
 typedef struct {
     const char *folder, *source;
     const ql_save_entry *entries;
     size_t count;
     size_t *shard; /* [count]: shard of each entry, from 0 */
     size_t shards;
-    uint64_t bytes;       /* of all tensors */
-    bool made;            /* the folder was not there before */
-    size_t copies, files; /* written so far: copies, then shards */
-    bool index;
+    uint64_t bytes;         /* of all tensors */
+    bool made;              /* the folder was not there before */
+    bool naming;            /* files are getting their final names */
     cJSON *map;             /* weight_map of the index, when there is one; borrowed */
     ql_st_writer **writers; /* [shards] */
+    ql_file_writer copies[COPIED];
 } job;
 
 static bool has_suffix(const char *s, const char *suffix)
@@ -348,41 +350,48 @@ static ql_status write_shards(job *j, cJSON **index, ql_err *err)
 static ql_status finish_shards(job *j, const cJSON *index, ql_err *err)
 {
     ql_status status = QL_OK;
-    for (size_t i = 0; i < j->shards && status == QL_OK; i++) {
+    for (size_t i = 0; i < j->shards && status == QL_OK; i++)
         status = ql_st_writer_finish(j->writers[i], err);
-        if (status == QL_OK) j->files++;
-    }
     if (status != QL_OK || !index) return status;
     char *text = cJSON_Print(index), *path = ql_file_join(j->folder, INDEX_NAME);
     status = text && path ? ql_file_write(path, text, strlen(text), err) : no_memory(err);
-    j->index = status == QL_OK;
     cJSON_free(text);
     ql_free(path);
     return status;
 }
 
-static ql_status copy_file(const char *from, const char *to, ql_err *err)
+static ql_status copy_file(const char *from, const char *to, ql_file_writer *writer, ql_err *err)
 {
     char *data = NULL;
     size_t size = 0;
     ql_status status = ql_file_read(from, COPY_MAX, &data, &size, err);
-    if (status == QL_OK) status = ql_file_write(to, data, size, err);
+    if (status == QL_OK) status = ql_file_create(to, writer, err);
+    if (status == QL_OK) status = ql_file_pwrite(writer, 0, data, size, err);
     ql_free(data);
     return status;
 }
 
+/* As the shards: complete, but not yet under their names. */
 static ql_status copy_files(job *j, ql_err *err)
 {
     ql_status status = QL_OK;
-    for (size_t i = 0; i < sizeof copied / sizeof *copied && status == QL_OK; i++) {
+    for (size_t i = 0; i < COPIED && status == QL_OK; i++) {
         char *from = ql_file_join(j->source, copied[i]), *to = ql_file_join(j->folder, copied[i]);
         if (!from || !to)
             status = no_memory(err);
         else if (ql_file_exists(from))
-            status = copy_file(from, to, err);
-        if (status == QL_OK) j->copies = i + 1;
+            status = copy_file(from, to, &j->copies[i], err);
         ql_free(from);
         ql_free(to);
+    }
+    return status;
+}
+
+static ql_status finish_copies(job *j, ql_err *err)
+{
+    ql_status status = QL_OK;
+    for (size_t i = 0; i < COPIED && status == QL_OK; i++) {
+        if (j->copies[i].path) status = ql_file_commit(&j->copies[i], err);
     }
     return status;
 }
@@ -401,7 +410,7 @@ static void remove_stale(const job *j)
     if (!d) return;
     for (struct dirent *f; (f = readdir(d));) {
         if (!is_model_file(f->d_name) || strcmp(f->d_name, "config.json") == 0) continue;
-        bool ours = j->index && strcmp(f->d_name, INDEX_NAME) == 0;
+        bool ours = j->shards > 1 && strcmp(f->d_name, INDEX_NAME) == 0;
         for (size_t i = 0; i < j->shards && !ours; i++) {
             char name[64];
             shard_name(j, i, name);
@@ -412,17 +421,21 @@ static void remove_stale(const job *j)
     closedir(d);
 }
 
-/* After a failure: what was written is of no use to anyone. */
+/* After a failure: what has its name already is part of no model. A name may be there although giving it
+ * failed, when the folder could not be synced. */
 static void undo(const job *j)
 {
-    for (size_t i = 0; i < j->files; i++) {
+    for (size_t i = 0; j->naming && i < j->shards; i++) {
         char name[64];
         shard_name(j, i, name);
         remove_in(j->folder, name);
     }
-    if (j->index) remove_in(j->folder, INDEX_NAME);
+    if (j->naming) {
+        remove_in(j->folder, INDEX_NAME);
+        remove_in(j->folder, "config.json");
+    }
     if (!j->made) return;
-    for (size_t i = 0; i < j->copies; i++) remove_in(j->folder, copied[i]);
+    for (size_t i = 0; i < COPIED; i++) remove_in(j->folder, copied[i]);
     rmdir(j->folder);
 }
 
@@ -495,11 +508,14 @@ ql_status ql_save_model(const char *folder, const ql_save_entry *entries, size_t
     status = write_shards(&j, &index, err);
     if (status == QL_OK) status = copy_files(&j, err);
     /* From here on the folder is no model until the new config is there. */
-    if (status == QL_OK && !j.made) unlink(to);
+    j.naming = status == QL_OK;
+    if (j.naming && !j.made) unlink(to);
+    if (status == QL_OK) status = finish_copies(&j, err);
     if (status == QL_OK) status = finish_shards(&j, index, err);
     if (status == QL_OK && !j.made) remove_stale(&j);
     if (status == QL_OK) status = ql_config_save(from, to, &quant, err);
     for (size_t i = 0; j.writers && i < j.shards; i++) ql_st_writer_close(j.writers[i]);
+    for (size_t i = 0; i < COPIED; i++) ql_file_abort(&j.copies[i]);
     if (status != QL_OK) undo(&j);
 fail:
     cJSON_Delete(index);
