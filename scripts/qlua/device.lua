@@ -15,7 +15,8 @@ local device = core.methods "device"
 
 --- Loads a model from a folder or, by id, from the Hugging Face cache on disk.
 ---@param model string
----@param options? { dtype: string?, max_context: integer? }  dtype: "auto" (as stored), "float32", "bfloat16", "float16"
+---@param options? { dtype: string?, max_context: integer? }  dtype: "auto" (as stored), "float32",
+---  "bfloat16", "float16"
 ---@return qlua.model?, qlua.failure?
 function device:load(model, options)
   local folder, err = core.resolve(model)
@@ -25,19 +26,22 @@ end
 
 --- What is reported of a list of seconds.
 ---@param samples number[]
----@return { median: number, mean: number, sd: number, p10: number, p90: number, min: number, max: number, n: integer,
+---@return { median: number, mean: number, sd: number, p10: number, p90: number, min: number, max: number, n:
+---  integer,
 ---  samples: number[] }
 function device.summary(samples)
   local s = stats.summary(samples)
-  return { median = s.median, mean = s.mean, sd = #samples > 1 and stats.sd(samples) or 0, min = s.min, max = s.max,
+  return { median = s.median, mean = s.mean, sd = #samples > 1 and stats.sd(samples) or 0, min = s.min,
+    max = s.max,
     p10 = stats.percentile(samples, 0.1), p90 = s.p90, n = #samples, samples = samples }
 end
 
---- Times `fn`: `warmup` calls that do not count, then at least `runs` calls and `min_seconds` seconds, the device
---- synchronised before each reading of the clock.
+--- Times `fn`: `warmup` calls that do not count, then at least `runs` calls and `min_seconds` seconds, the
+--- device synchronised before each reading of the clock.
 ---@param fn function
 ---@param options? { warmup: integer?, runs: integer?, min_seconds: number? }
----@return { median: number, mean: number, sd: number, p10: number, p90: number, min: number, max: number, n: integer,
+---@return { median: number, mean: number, sd: number, p10: number, p90: number, min: number, max: number, n:
+---  integer,
 ---  samples: number[] }  seconds
 function device:time(fn, options)
   options = options or {}

@@ -6,7 +6,8 @@
 ---   local nf4 <close> = full:quantize { scheme = "nf4", double = true }
 ---
 --- The outside world failing (no file, bad checkpoint, out of memory) returns nil and an error table {code,
---- message, hint}; misuse raises. Positions and dimensions count from 1; token ids are the vocabulary's, from 0.
+--- message, hint}; misuse raises. Positions and dimensions count from 1; token ids are the vocabulary's,
+--- from 0.
 
 local core = require "qlua.core"
 local shapes = require "qlua.shapes"
@@ -18,8 +19,8 @@ local qlua = {
   version = core.version,
 }
 
---- Opens a device: "auto", "cpu", "cuda" or "cuda:<index>". `threads` is the CPU's; by default as many as the process
---- may use.
+--- Opens a device: "auto", "cpu", "cuda" or "cuda:<index>". `threads` is the CPU's; by default as many as
+--- the process may use.
 ---@param name? string
 ---@param options? { threads: integer? }
 ---@return qlua.device?, qlua.failure?
@@ -54,7 +55,8 @@ end
 
 --- A model of a known shape with random weights: speed and memory without a download.
 ---@param name string  a key of qlua.shapes, e.g. "llama-3.2-1b"
----@param options? { device: qlua.device?, dtype: string?, quant: table|string|nil, seed: integer?, layers: integer? }
+---@param options? { device: qlua.device?, dtype: string?, quant: table|string|nil, seed: integer?, layers:
+---  integer? }
 ---@return qlua.model?, qlua.failure?
 function qlua.load_synthetic(name, options)
   options = options or {}

@@ -157,8 +157,8 @@ function metrics.add(list, reference, test, item)
   end
 end
 
---- Rows for a table: { name, value, low, high, median, n, higher_is_better }; low and high are a seeded 95 % bootstrap
---- interval of the mean where the metric keeps one number an item.
+--- Rows for a table: { name, value, low, high, median, n, higher_is_better }; low and high are a seeded 95 %
+--- bootstrap interval of the mean where the metric keeps one number an item.
 ---@param list qlua.metric[]
 ---@param seed integer?
 ---@return table[]

@@ -1,4 +1,5 @@
---- What a model can do, beyond the primitives in C: text in and out, generation with stop strings, its quantized twin.
+--- What a model can do, beyond the primitives in C: text in and out, generation with stop strings, its
+--- quantized twin.
 
 local core = require "qlua.core"
 local failure = require "qlua.failure"
@@ -7,9 +8,11 @@ local policy = require "qlua.policy"
 local model = core.methods "model"
 
 ---@class qlua.model
----@field forward fun(self, rows: integer[]|integer[][], options?: { rows: "last"|"all"|integer[], trace: function? }):
+---@field forward fun(self, rows: integer[]|integer[][], options?: { rows: "last"|"all"|integer[], trace:
+---  function? }):
 ---  qlua.tensor?, qlua.failure?  logits [n, vocab]; several rows are packed one after the other
----@field memory fun(self): table      bytes of its own arena by kind, `peak` likewise, `resident` with shared tensors
+---@field memory fun(self): table      bytes of its own arena by kind, `peak` likewise, `resident` with
+---  shared tensors
 ---@field reset_peak fun(self)
 ---@field save fun(self, folder: string, options?: { force: boolean? }): boolean?, qlua.failure?
 ---@field sha256 fun(self): string?, qlua.failure?  identity of the checkpoint's bytes
@@ -31,8 +34,8 @@ function model:tokenizer()
   return tok, err
 end
 
---- Token ids of `text`; bos (default true): with the post-processor's tokens; special (default false): special tokens
---- written in the text are recognised.
+--- Token ids of `text`; bos (default true): with the post-processor's tokens; special (default false):
+--- special tokens written in the text are recognised.
 ---@param text string
 ---@param options? { bos: boolean?, special: boolean? }
 ---@return integer[]?, qlua.failure?
@@ -89,11 +92,13 @@ local PASSED <const> = { "max_new_tokens", "temperature", "top_k", "top_p", "see
 local KNOWN <const> = { max_new_tokens = true, temperature = true, top_k = true, top_p = true, seed = true,
   streams = true, stop = true, on_token = true, ignore_eos = true }
 
---- Generates after one prompt or a batch of prompts. temperature 0 (default) is greedy. `stop`: ids and texts, beside
---- the model's own end-of-sequence ids (unless ignore_eos). `streams`: a number for each row that its draws depend on,
---- beside the seed, so that a row draws the same in any batch. on_token(row, id) may return true to end its row.
+--- Generates after one prompt or a batch of prompts. temperature 0 (default) is greedy. `stop`: ids and
+--- texts, beside the model's own end-of-sequence ids (unless ignore_eos). `streams`: a number for each row
+--- that its draws depend on, beside the seed, so that a row draws the same in any batch. on_token(row, id)
+--- may return true to end its row.
 ---@param prompts integer[]|integer[][]
----@param options? { max_new_tokens: integer?, temperature: number?, top_k: integer?, top_p: number?, seed: integer?,
+---@param options? { max_new_tokens: integer?, temperature: number?, top_k: integer?, top_p: number?, seed:
+---  integer?,
 ---  streams: integer[]?, stop: (integer|string)[]?, on_token: function?, ignore_eos: boolean? }
 ---@return integer[]|integer[][]|nil ids, table stats  stats: prefill_seconds, decode_seconds, prompt_tokens,
 ---  decode_tokens, decode_steps, stop ("length", "token", "caller", "context"; one for each row of a batch)
@@ -132,8 +137,8 @@ function model:quantize(options)
   return twin, err
 end
 
---- How the linear layers are stored: { label, scheme, block, double, quantized, matrices }; label is "nf4", "bfloat16",
---- "mixed nf4 12/30" and the like.
+--- How the linear layers are stored: { label, scheme, block, double, quantized, matrices }; label is "nf4",
+--- "bfloat16", "mixed nf4 12/30" and the like.
 local function quantization(self, dtype)
   local quantized, first, same = 0, nil, true
   local matrices = self:_matrices()
@@ -154,8 +159,8 @@ end
 
 local primitive_info = model.info
 
---- What the model is: architecture, params, bytes (resident), layers, hidden, intermediate, heads, kv_heads, head_dim,
---- vocab, max_context, dtype, kv_dtype, tied, bos, eos, device, folder, quant (see above).
+--- What the model is: architecture, params, bytes (resident), layers, hidden, intermediate, heads, kv_heads,
+--- head_dim, vocab, max_context, dtype, kv_dtype, tied, bos, eos, device, folder, quant (see above).
 ---@return table
 function model:info()
   local info = primitive_info(self)
@@ -177,7 +182,8 @@ end
 function model:expected_memory(rows, tokens, outputs)
   local work, slot = self:_work_bytes(rows * tokens)
   local info = primitive_info(self)
-  local result = { weights = info.bytes, kv = rows * tokens * slot, activations = work + 4 * info.vocab * outputs }
+  local result = { weights = info.bytes, kv = rows * tokens * slot,
+    activations = work + 4 * info.vocab * outputs }
   result.total = result.weights + result.kv + result.activations
   return result
 end

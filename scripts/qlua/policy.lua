@@ -5,19 +5,23 @@
 ---   codebook 16 numbers instead of a scheme: any 4-bit code book
 ---   block    weights that share one scale: a power of two, 32 to 4096 (default 64)
 ---   double   quantize the scales too (default false)
----   skip     modules that stay as they are (default {"lm_head"}): whole dotted parts of a name, such as "lm_head",
+---   skip     modules that stay as they are (default {"lm_head"}): whole dotted parts of a name, such as
+---   "lm_head",
 ---            "mlp", "layers.0" or "model.layers.3.mlp.down_proj"
----   policy   function(name, shape) -> nil (leave it), a scheme's name, or a table of these options for that matrix
+---   policy   function(name, shape) -> nil (leave it), a scheme's name, or a table of these options for that
+---   matrix
 
 local policy = {}
 
-local KNOWN <const> = { scheme = true, codebook = true, block = true, double = true, skip = true, policy = true,
+local KNOWN <const> = { scheme = true, codebook = true, block = true, double = true, skip = true,
+  policy = true,
   dtype = true }
 
 local function check_keys(options, level)
   for key in pairs(options) do
     if not KNOWN[key] then
-      error(("unknown option '%s' (options are: block, codebook, double, policy, scheme, skip)"):format(tostring(key)),
+      error(("unknown option '%s' (options are: block, codebook, double, policy, scheme, skip)"):format(
+        tostring(key)),
         level + 1)
     end
   end
@@ -53,7 +57,8 @@ function policy.make(options)
     if not answer then return nil end
     if type(answer) == "string" then answer = { scheme = answer } end
     if type(answer) ~= "table" then
-      error(("the policy's answer for %s is a %s, not nil, a scheme's name or a table"):format(name, type(answer)), 0)
+      error(("the policy's answer for %s is a %s, not nil, a scheme's name or a table"):format(name,
+        type(answer)), 0)
     end
     check_keys(answer, 1)
     local merged = specification(answer)

@@ -1,0 +1,72 @@
+#!/usr/bin/env qlua
+--- How far do a model and its quantized twin agree on the next token?
+---
+--- Every question goes through both models as it stands (with BOS, without choices or chat template). From
+--- the logits after its last token: Jaccard of the sets of the k most likely tokens, top-1 agreement, KL
+--- divergence and nucleus overlap. The control column is the full model against itself in another batch
+--- size: what is noise.
+
+local cli = require "qlua.cli"
+local evaluate = require "qlua.evaluate"
+local experiment = require "qlua.experiment"
+local metrics = require "qlua.metrics"
+local results = require "qlua.results"
+local tasks = require "qlua.tasks"
+
+local opts = cli.parse {
+  name = "jaccard.lua",
+  summary = "How far the most likely next tokens of a model and its quantized twin agree.",
+  options = experiment.options {
+    { "tasks", default = { experiment.bundled_task } }, "limit", "batch_size",
+    { "k", kind = "integers", default = { 1, 3, 5, 10, 20 }, min = 1, help = "sizes of the token sets" },
+    { "position", default = "question", choices = { "question", "answer" },
+      help = "after the bare question, or where MMLU's prompt wants the letter" },
+    { "top_p", kind = "number", default = 0.9, above = 0, max = 1, help = "mass of the nucleus" },
+    "metric", "output_path", "log_samples",
+  },
+}
+local run <close> = experiment.open("jaccard.lua", opts)
+local info = run.full:info()
+for _, k in ipairs(opts.k) do
+  if k > info.vocab then run:must(nil, ("--k %d is larger than the vocabulary of %d"):format(k,
+    info.vocab)) end
+end
+
+local rows, too_long = {}, 0
+local task = tasks.mmlu { subject = run.items.subject }
+for index, item in ipairs(run.items) do
+  local text = opts.position == "question" and item.question or task:prompt(item)
+  local ids = run:must(run.tokenizer:encode(text, { bos = true }))
+  if #ids > info.max_context then
+    too_long = too_long + 1
+  else
+    rows[#rows + 1] = { ids = ids, item = { index = index, question = item.question, choices = item.choices,
+      answer = item.answer } }
+  end
+end
+
+local function measures(user)
+  local list = {}
+  for _, k in ipairs(opts.k) do list[#list + 1] = metrics.jaccard(k) end
+  table.move({ metrics.agreement(), metrics.kl(), metrics.nucleus(opts.top_p) }, 1, 3, #list + 1, list)
+  return table.move(user, 1, #user, #list + 1, list)
+end
+
+local pair, control = measures(run.metrics), measures {}
+local bar <close> = run:progress(#rows, "questions")
+run:must(evaluate.last_positions(run.full, run.test, rows, {
+  batch_size = opts.batch_size,
+  progress = bar,
+  control = true,
+  each = function(reference, test, item, again)
+    metrics.add(pair, reference, test, item)
+    metrics.add(control, reference, again, item)
+  end,
+}))
+bar:close()
+
+results.metrics(run, {
+  task = ("%s, after the %s"):format(run.items.subject, opts.position),
+  questions = #run.items, too_long = too_long, rows = rows,
+  pair = metrics.summary(pair, opts.seed), control = metrics.summary(control, opts.seed),
+})

@@ -1,0 +1,82 @@
+#!/usr/bin/env qlua
+--- Does the quantized model still answer as many questions, and how fast does it write?
+---
+--- MMLU's four-choice questions two ways: by log-likelihood of " A".." D" (task mmlu_<subject>, the same
+--- prompt and scores as EleutherAI's harness), and by generation with the letter in double brackets
+--- (mmlu_<subject>_boxed), which also gives words per minute. --protocol post repeats the blog post of 2024,
+--- faults and all (mmlu_<subject>_post).
+
+local cli = require "qlua.cli"
+local data = require "qlua.data"
+local evaluate = require "qlua.evaluate"
+local experiment = require "qlua.experiment"
+local metrics = require "qlua.metrics"
+local results = require "qlua.results"
+local tasks = require "qlua.tasks"
+
+local opts = cli.parse {
+  name = "mmlu.lua",
+  summary = "Accuracy and words per minute of a model and its quantized twin on four-choice questions.",
+  options = experiment.options {
+    { "tasks", default = { experiment.bundled_task } }, "limit", "num_fewshot", "batch_size",
+    { "mode", default = "both", choices = { "both", "loglikelihood", "boxed" },
+      help = "how questions are asked" },
+    { "protocol", default = "sound", choices = { "sound", "post" },
+      help = "ours, or that of the post of 2024" },
+    { "max_gen_toks", kind = "integer", default = 256, min = 1, help = "longest written answer in tokens" },
+    { "temperature", kind = "number", min = 0, help = "of written answers (default: 0, greedy; post: 0.1)" },
+    "apply_chat_template", "metric", { "output_path", default = "results" }, "log_samples",
+  },
+}
+local post = opts.protocol == "post"
+if post and opts.dtype == "auto" then opts.dtype = "float32" end
+if post then opts.batch_size = 1 end
+local run <close> = experiment.open("mmlu.lua", opts)
+local models = { run.full, run.test }
+local context = run.full:info().max_context
+
+--- One task: tokenize, run both models, gather.
+local function outcome(task, items, evaluator, template, room)
+  local prepared = evaluate.prepare(run.tokenizer, task, items, { max_context = context, template = template,
+    room = room })
+  local bar <close> = run:progress(#items, task.name)
+  local evaluations = run:must(evaluator(prepared, bar))
+  return { task = task, items = items, prepared = prepared, evaluations = evaluations }
+end
+
+local function by_loglikelihood(items)
+  local fewshot = opts.num_fewshot > 0 and run:must(data.read(data.dev_path(items.path))) or nil
+  local task = tasks.mmlu { subject = items.subject, fewshot = fewshot, num_fewshot = opts.num_fewshot }
+  local list = { metrics.kl(), metrics.delta_p() }
+  table.move(run.metrics, 1, #run.metrics, #list + 1, list)
+  local result = outcome(task, items, function(prepared, bar)
+    return evaluate.loglikelihood(models, prepared, { device = run.device, batch_size = opts.batch_size,
+      progress = bar,
+      each = function(reference, test, p)
+        metrics.add(list, reference, test, setmetatable({ target = p.target, index = p.index },
+          { __index = p.item }))
+      end })
+  end, opts.apply_chat_template and run:template(opts.apply_chat_template))
+  result.metrics = metrics.summary(list, opts.seed)
+  return result
+end
+
+local function by_generation(items)
+  local task = post and tasks.post { subject = items.subject } or tasks.boxed { subject = items.subject }
+  if task.keep then items = data.filter(items, task.keep) end
+  local template = run:template(opts.apply_chat_template, "optional")
+  local generation = { max_new_tokens = opts.max_gen_toks, seed = opts.seed,
+    temperature = opts.temperature or task.generation.temperature }
+  return outcome(task, items, function(prepared, bar)
+    return evaluate.generation(models, run.tokenizer, task, prepared, { device = run.device,
+      template = template,
+      batch_size = opts.batch_size, generation = generation, progress = bar })
+  end, template)
+end
+
+local outcomes = {}
+for _, items in ipairs(run.tasks) do
+  if not post and opts.mode ~= "boxed" then outcomes[#outcomes + 1] = by_loglikelihood(items) end
+  if post or opts.mode ~= "loglikelihood" then outcomes[#outcomes + 1] = by_generation(items) end
+end
+results.mmlu(run, outcomes)

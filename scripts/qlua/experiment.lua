@@ -1,0 +1,167 @@
+--- What every bundled experiment does before and after its own part: open the device, load the full model,
+--- make its quantized twin, read the questions; say what ran on what; write result files.
+---
+---   local run <close> = experiment.open("jaccard.lua", opts)
+---   run.device, run.full, run.test, run.items
+---
+--- A failure of the outside world ends the script with one line and exit code 1 (qlua.cli.fail).
+
+local cli = require "qlua.cli"
+local data = require "qlua.data"
+local metrics = require "qlua.metrics"
+local progress = require "qlua.progress"
+local qlua = require "qlua"
+local table_text = require "qlua.table"
+
+local experiment = {}
+
+--- The folder of the running script, for what is bundled beside it.
+local function beside(path)
+  local folder = (arg and arg[0] or ""):match("^(.*)/[^/]*$") or "."
+  return folder .. "/" .. path
+end
+
+experiment.bundled_model = beside "models/demo"
+experiment.bundled_task = beside "data/demo_test.csv"
+
+--- Flags that choose the two models and the questions. A script lists those it has by name.
+experiment.model_options = {
+  { "model", default = experiment.bundled_model },
+  { "quantized", metavar = "FOLDER",
+    help = "a quantized checkpoint to compare with, instead of quantizing here" },
+  { "quant", kind = "string", default = "nf4", choices = { "nf4", "fp4" },
+    help = "scheme of the quantized twin" },
+  { "double_quant", kind = "string", default = "true", choices = { "true", "false" },
+    help = "quantize the scales to 8 bits too" },
+  { "block_size", kind = "integer", default = 64,
+    help = "weights that share a scale: a power of two, 32 to 4096",
+    check = function(n)
+      if n < 32 or n > 4096 or n & (n - 1) ~= 0 then return "is not a power of two from 32 to 4096" end
+    end },
+  { "skip", kind = "strings", default = { "lm_head" }, help = "modules that stay as they are" },
+  "dtype", "device", "threads", "max_context", "seed",
+}
+
+--- All options of a script: those of the models, and its own; a script's own take precedence.
+---@param own (string|qlua.option)[]
+---@return (string|qlua.option)[]
+function experiment.options(own)
+  local names, list = {}, {}
+  for _, option in ipairs(own) do names[type(option) == "string" and option or option[1]] = true end
+  for _, option in ipairs(experiment.model_options) do
+    if not names[type(option) == "string" and option or option[1]] then list[#list + 1] = option end
+  end
+  return table.move(own, 1, #own, #list + 1, list)
+end
+
+---@class qlua.experiment
+---@field name string            of the script
+---@field opts table
+---@field device qlua.device
+---@field full qlua.model        the reference
+---@field test qlua.model        the quantized twin
+---@field labels string[]        what the two are called in tables: {"full", "nf4"}
+---@field items qlua.items       questions of the first task
+---@field tasks qlua.items[]     questions of every task
+---@field metrics qlua.metric[]  the user's own
+---@field begin number
+local run = {}
+run.__index = run
+
+--- The value, or the end of the script.
+function run:must(value, err)
+  if value == nil or value == false then cli.fail(self.name, err) end
+  return value, err
+end
+
+--- What model:quantize takes, from the flags.
+function run:scheme()
+  local o = self.opts
+  return { scheme = o.quant, double = o.double_quant == "true", block = o.block_size, skip = o.skip }
+end
+
+function run:close()
+  for _, key in ipairs { "test", "full", "device" } do
+    if self[key] then self[key]:close() end
+  end
+end
+
+run.__close = run.close
+
+--- Opens device and models; with `tasks` among the options, reads the questions too.
+---@param name string  of the script, for messages
+---@param opts table   from cli.parse
+---@param needs? { tokenizer: boolean?, twin: boolean? }  defaults: true
+---@return qlua.experiment
+function experiment.open(name, opts, needs)
+  needs = needs or {}
+  local self = setmetatable({ name = name, opts = opts, date = os.time() }, run)
+  self.metrics = self:must(metrics.load_all(opts.metric))
+  if opts.tasks then
+    self.tasks = {}
+    for i, path in ipairs(opts.tasks) do
+      local items = self:must(data.read(path))
+      self.tasks[i] = data.take(items, opts.limit)
+      self.tasks[i].all = #items
+    end
+    self.items = self.tasks[1]
+  end
+  self.device = self:must(qlua.device(opts.device, { threads = opts.threads }))
+  local load_options = { dtype = opts.dtype, max_context = opts.max_context }
+  self.full = self:must(self.device:load(opts.model, load_options))
+  if needs.tokenizer ~= false then self.tokenizer = self:must(self.full:tokenizer()) end
+  if needs.twin ~= false then
+    if opts.quantized then
+      self.test = self:must(self.device:load(opts.quantized, { max_context = opts.max_context }))
+      if self.test:info().vocab ~= self.full:info().vocab then
+        self:must(nil, ("%s: its vocabulary is not that of %s"):format(opts.quantized, opts.model))
+      end
+    else
+      self.test = self:must(self.full:quantize(self:scheme()))
+    end
+    self.labels = { "full", self.test:info().quant.label }
+  end
+  return self
+end
+
+--- A progress line on stderr.
+function run.progress(_, total, label)
+  return progress.new { total = total, label = label }
+end
+
+local function millions(n)
+  return n >= 1e9 and ("%.2f B"):format(n / 1e9) or ("%.2f M"):format(n / 1e6)
+end
+
+--- What stands above every result: which models, in what types, how many bytes, on what.
+---@return string
+function run:header()
+  local device, full = self.device:info(), self.full:info()
+  local lines = {
+    ("model     %s (%s, %s parameters)"):format(self.opts.model, full.architecture, millions(full.params)),
+    ("device    %s: %s, %s, %d threads"):format(device.name, device.hardware, device.isa, device.threads),
+    ("full      %s weights, %s resident"):format(full.dtype, table_text.bytes(full.bytes)),
+  }
+  if self.test then
+    local test, q = self.test:info(), self.test:info().quant
+    local detail = q.scheme and ("block %d, %s"):format(q.block,
+      q.double and "double quantization" or "float32 scales")
+      or ("%d of %d matrices"):format(q.quantized, q.matrices)
+    lines[#lines + 1] = ("quantized %s (%s), %s resident, decoded to %s, activations float32"):format(
+      q.label, detail,
+      table_text.bytes(test.bytes), full.dtype)
+  end
+  return table.concat(lines, "\n") .. "\n"
+end
+
+--- The facts of a run for the result files.
+---@return table
+function run:facts()
+  local facts = { qlua_version = qlua.version, device = self.device:info(), full = self.full:info(),
+    seed = self.opts.seed,
+    model_sha256 = self.full:sha256() }
+  if self.test then facts.quantized = self.test:info() end
+  return facts
+end
+
+return experiment

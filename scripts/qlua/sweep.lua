@@ -1,0 +1,118 @@
+--- Latency and memory of one forward pass over batch sizes, two models side by side.
+
+local device_methods = require "qlua.device"
+local stats = require "qlua.stats"
+local sys = require "qlua.sys"
+
+local sweep = {}
+
+---@class qlua.sweep_point
+---@field batch integer
+---@field model integer             1 = full, 2 = quantized
+---@field tokens number             mean tokens of a pass
+---@field time table?               median, p10, p90, ... in seconds, samples kept; nil: out of memory
+---@field peak table?               arena high-water marks: weights, kv, activations, total (bytes)
+---@field reserved integer?         bytes the arena holds between passes
+---@field process integer?          resident high-water mark of the whole process (bytes)
+---@field expected table?           analytic: weights, kv, activations, total (bytes)
+---@field oom string?               the message, when a pass did not fit
+
+--- The rows of every pass: `runs` seeded samples of `size` rows (with repetition where there are too few).
+local function plan(rows, size, passes, seed)
+  local list = {}
+  for i = 1, passes do
+    local batch = {}
+    while #batch < size do
+      for _, index in ipairs(stats.shuffled(#rows, seed * 1000003 + i + #batch, math.min(size - #batch,
+        #rows))) do
+        batch[#batch + 1] = rows[index]
+      end
+    end
+    list[i] = batch
+  end
+  return list
+end
+
+local function tokens_of(batch)
+  local n, longest = 0, 0
+  for _, ids in ipairs(batch) do
+    n = n + #ids
+    longest = math.max(longest, #ids)
+  end
+  return n, longest
+end
+
+--- One timed pass: seconds, or nil and the error.
+local function pass(run, model, batch, logits_rows)
+  run.device:sync()
+  local begin = sys.time()
+  local logits, err = model:forward(batch, { rows = logits_rows })
+  if not logits then return nil, err end
+  run.device:sync()
+  local seconds = sys.time() - begin
+  logits:close()
+  return seconds
+end
+
+--- Every batch size with both models. Returns points ordered by batch size, then model.
+---@param run qlua.experiment
+---@param rows integer[][]
+---@param options { sizes: integer[], runs: integer, warmup: integer, logits: "all"|"last", seed: integer }
+---@return qlua.sweep_point[]
+function sweep.run(run, rows, options)
+  local models, points = { run.full, run.test }, {}
+  local bar <close> = run:progress(#options.sizes * (options.runs + options.warmup) * 2, "passes")
+  for _, size in ipairs(options.sizes) do
+    local batches = plan(rows, size, options.runs, options.seed)
+    local samples, failed, process = { {}, {} }, {}, {}
+    local total = 0
+    for _, batch in ipairs(batches) do total = total + tokens_of(batch) end
+    for m, model in ipairs(models) do
+      model:reset_peak()
+      run.device:reset_peak()
+      for _ = 1, options.warmup do
+        local _, err = pass(run, model, batches[1], options.logits)
+        failed[m] = failed[m] or err
+        bar:step(1, ("batch %d"):format(size))
+      end
+      process[m] = run.device:memory().process_peak
+    end
+    for i, batch in ipairs(batches) do
+      for step = 1, 2 do
+        local m = i % 2 == 1 and step or 3 - step
+        if not failed[m] then
+          local seconds, err = pass(run, models[m], batch, options.logits)
+          samples[m][#samples[m] + 1] = seconds
+          failed[m] = err
+        end
+        bar:step(1, ("batch %d"):format(size))
+      end
+    end
+    for m, model in ipairs(models) do
+      local point = { batch = size, model = m, tokens = total / #batches }
+      if failed[m] then
+        if failed[m].code ~= "memory" then run:must(nil, failed[m]) end
+        point.oom = failed[m].message
+      else
+        local memory = model:memory()
+        local widest, outputs = 0, 0
+        for _, batch in ipairs(batches) do
+          local n = tokens_of(batch)
+          if n > widest then widest, outputs = n, options.logits == "all" and n or size end
+        end
+        point.time = device_methods.summary(samples[m])
+        point.peak = memory.peak
+        -- Tensors that the twin shares with the full model are resident for it as well, and counted in both.
+        point.peak.shared = memory.resident - memory.weights
+        point.peak.resident = memory.peak.total + point.peak.shared
+        point.reserved = memory.total + point.peak.shared
+        point.process = process[m]
+        point.expected = model:expected_memory(1, widest, outputs)
+      end
+      points[#points + 1] = point
+    end
+  end
+  return points
+end
+
+return sweep

@@ -1,0 +1,54 @@
+--- Several quantizations of one model on the same questions.
+
+local evaluate = require "qlua.evaluate"
+local metrics = require "qlua.metrics"
+local tasks = require "qlua.tasks"
+
+local variants = {}
+
+---@class qlua.variant
+---@field label string
+---@field spec table        options of model:quantize
+---@field bytes integer     resident
+---@field bits number       resident bits per weight of the linear layers (lm_head left out)
+---@field kl table          row of qlua.metrics.summary
+---@field agreement table
+---@field accuracy { n: integer, correct: integer }
+
+local function bits_per_weight(model)
+  local bytes, weights = 0, 0
+  for _, m in ipairs(model:matrices()) do
+    if m.name ~= "lm_head" then bytes, weights = bytes + m.bytes, weights + m.rows * m.columns end
+  end
+  return 8 * bytes / weights
+end
+
+--- Measures every { label =, spec = } at the position of the answer's letter; fills in the fields above. The
+--- full model stands in the first row, against itself.
+---@param run qlua.experiment
+---@param list { label: string, spec: table? }[]
+---@return qlua.variant[]
+function variants.run(run, list)
+  local task = tasks.mmlu { subject = run.items.subject }
+  local prepared = evaluate.prepare(run.tokenizer, task, run.items,
+    { max_context = run.full:info().max_context })
+  local bar <close> = run:progress(#run.items * #list, "questions")
+  local done = { too_long = 0 }
+  for _, p in ipairs(prepared) do if p.too_long then done.too_long = done.too_long + 1 end end
+  done.scored = #prepared - done.too_long
+  for i, entry in ipairs(list) do
+    local twin <close> = run:must(run.full:quantize(entry.spec or { policy = function() return nil end }))
+    local kl, agreement = metrics.kl(), metrics.agreement()
+    local evaluations = run:must(evaluate.loglikelihood({ run.full, twin }, prepared, {
+      device = run.device, batch_size = run.opts.batch_size, progress = bar,
+      each = function(reference, test, p) metrics.add({ kl, agreement }, reference, test, p) end,
+    }))
+    local summary = metrics.summary({ kl, agreement }, run.opts.seed)
+    done[i] = { label = entry.label, spec = entry.spec, bytes = twin:info().bytes,
+      bits = bits_per_weight(twin),
+      kl = summary[1], agreement = summary[2], accuracy = evaluate.accuracy(evaluations[2]) }
+  end
+  return done
+end
+
+return variants
