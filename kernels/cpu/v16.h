@@ -11,8 +11,14 @@
 #include "../qk_half.h"
 #include "../qk_nf4.h"
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+/* Every lane is instrumented: inlined into each other, the bodies would take minutes to compile. */
+#define QK_INLINE static __attribute__((noinline, unused))
+#define QK_UNROLL
+#else
 #define QK_INLINE static inline __attribute__((always_inline, unused))
 #define QK_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 #if defined(QK_ISA_avx512)
 #include "v16_avx512.h"
