@@ -12,8 +12,8 @@
 #include "checkpoint.h"
 #include "matrix.h"
 
-#define QL_QUANT_VALUE_DENSE QL_DTYPE_COUNT /* value_dtype: that of the dense matrix, as bitsandbytes does   \
-                                             */
+/* value_dtype: that of the dense matrix, as bitsandbytes does. */
+#define QL_QUANT_VALUE_DENSE QL_DTYPE_COUNT
 
 typedef struct {
     char scheme[16];      /* "nf4", "fp4" or "codebook" */
