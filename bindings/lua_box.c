@@ -34,14 +34,15 @@ void *qlua_box_push(lua_State *L, const char *name, size_t bytes)
 
 #define SOFT_LIMIT ((size_t)512 << 20)
 
-static size_t live, limit = SOFT_LIMIT;
+static size_t in_use; /* live bytes that a collection left behind, or fewer */
 
 void qlua_pressure(lua_State *L, size_t bytes)
 {
-    if (live + bytes <= limit) return;
+    size_t live = ql_tensor_live_bytes();
+    if (live < in_use) in_use = live;
+    if (live - in_use + bytes <= SOFT_LIMIT) return;
     lua_gc(L, LUA_GCCOLLECT);
-    /* What survives is in use: let as much again pile up before looking once more. */
-    limit = 2 * live > SOFT_LIMIT ? 2 * live : SOFT_LIMIT;
+    in_use = ql_tensor_live_bytes();
 }
 
 bool qlua_retry(lua_State *L, ql_status status, int *tries)
@@ -51,41 +52,22 @@ bool qlua_retry(lua_State *L, ql_status status, int *tries)
     return true;
 }
 
-typedef struct {
-    ql_tensor tensor;
-    size_t counted;
-} tensor_box;
-
 ql_tensor *qlua_tensor_push(lua_State *L)
 {
-    return &((tensor_box *)qlua_box_push(L, QLUA_TENSOR, sizeof(tensor_box)))->tensor;
-}
-
-static void recount(tensor_box *box, size_t bytes)
-{
-    live = live - box->counted + bytes;
-    box->counted = bytes;
-}
-
-void qlua_tensor_settle(lua_State *L, int index)
-{
-    tensor_box *box = lua_touserdata(L, index);
-    recount(box, ql_tensor_bytes(&box->tensor));
+    return qlua_box_push(L, QLUA_TENSOR, sizeof(ql_tensor));
 }
 
 int qlua_tensor_close(lua_State *L)
 {
-    tensor_box *box = luaL_checkudata(L, 1, QLUA_TENSOR);
-    recount(box, 0);
-    ql_tensor_free(&box->tensor);
+    ql_tensor_free(luaL_checkudata(L, 1, QLUA_TENSOR));
     return 0;
 }
 
 ql_tensor *qlua_tensor_test(lua_State *L, int arg)
 {
-    tensor_box *box = luaL_testudata(L, arg, QLUA_TENSOR);
-    if (box && !box->tensor.storage) luaL_argerror(L, arg, "the tensor is closed");
-    return box ? &box->tensor : NULL;
+    ql_tensor *t = luaL_testudata(L, arg, QLUA_TENSOR);
+    if (t && !t->storage) luaL_argerror(L, arg, "the tensor is closed");
+    return t;
 }
 
 ql_tensor *qlua_tensor_check(lua_State *L, int arg)

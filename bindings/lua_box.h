@@ -25,10 +25,8 @@ void qlua_box_type(lua_State *L, const char *name, const luaL_Reg *methods, cons
 /* Push a zeroed box of `bytes` with metatable `name`. */
 void *qlua_box_push(lua_State *L, const char *name, size_t bytes);
 
-/* Tensors. The box is on the stack, empty, until it is filled and settled. */
+/* Tensors. The box is on the stack, empty, until it is filled. */
 ql_tensor *qlua_tensor_push(lua_State *L);
-/* Tell the collector's account how many bytes the box at `index` now holds. */
-void qlua_tensor_settle(lua_State *L, int index);
 /* The open tensor at `arg`; raises for a closed one or another type. */
 ql_tensor *qlua_tensor_check(lua_State *L, int arg);
 ql_tensor *qlua_tensor_test(lua_State *L, int arg); /* NULL when it is no tensor */
@@ -45,8 +43,8 @@ void qlua_model_open(lua_State *L);
 void qlua_checkpoint_open(lua_State *L);
 void qlua_metrics_open(lua_State *L);
 
-/* The collector does not see tensor bytes: before `bytes` more are taken, collect when the live total would
- * pass the soft limit. */
+/* The collector does not see the bytes of tensors and models: before `bytes` more are taken, collect when
+ * more than the soft limit would have come on top of what is known to be in use. */
 void qlua_pressure(lua_State *L, size_t bytes);
 /* After QL_ERR_MEMORY: collect once; true the first time, so that the caller retries. */
 bool qlua_retry(lua_State *L, ql_status status, int *tries);

@@ -88,6 +88,7 @@ static int checkpoint_info(lua_State *L)
 static int push_decoded(lua_State *L, const ql_checkpoint *ck, const char *name)
 {
     ql_device *dev = qlua_device_host(L);
+    qlua_pressure(L, 0);
     ql_tensor *out = qlua_tensor_push(L);
     ql_matrix m = {0};
     ql_err err;
@@ -96,7 +97,6 @@ static int push_decoded(lua_State *L, const ql_checkpoint *ck, const char *name)
         status = ql_tensor_new_2d(dev, NULL, QL_MEM_ACTIVATIONS, QL_F32, m.n, m.k, out, &err);
     if (status == QL_OK) status = ql_quant_decode(&m, out->data, &err);
     ql_matrix_free(&m);
-    qlua_tensor_settle(L, -1);
     return status == QL_OK ? 1 : qlua_fail(L, &err);
 }
 
@@ -138,7 +138,6 @@ static int checkpoint_tensor(lua_State *L)
         status = ql_err_set(&err, QL_ERR_UNSUPPORTED, "tensor '%s' is %s, which qlua does not decode", name,
                             ql_dtype_name(t->dtype));
     ql_free(raw);
-    qlua_tensor_settle(L, -1);
     return status == QL_OK ? 1 : qlua_push_err(L, &err);
 }
 

@@ -12,18 +12,34 @@
 
 typedef struct {
     ql_llama *model;
+    int calls;    /* running calls that may call back into Lua: the model is not closed under them */
+    bool passing; /* one of them is inside a forward pass: no second pass in its working memory */
 } model_box;
 
-ql_llama *qlua_model_check(lua_State *L, int arg)
+static model_box *check_box(lua_State *L, int arg)
 {
     model_box *box = luaL_checkudata(L, arg, QLUA_MODEL);
     if (!box->model) luaL_argerror(L, arg, "the model is closed");
-    return box->model;
+    return box;
+}
+
+/* The open model at `arg`, for a forward pass. */
+static model_box *check_free(lua_State *L, int arg)
+{
+    model_box *box = check_box(L, arg);
+    if (box->passing) luaL_error(L, "the model is in the middle of a forward pass");
+    return box;
+}
+
+ql_llama *qlua_model_check(lua_State *L, int arg)
+{
+    return check_box(L, arg)->model;
 }
 
 static int model_close(lua_State *L)
 {
     model_box *box = luaL_checkudata(L, 1, QLUA_MODEL);
+    if (box->calls > 0) return luaL_error(L, "a model cannot be closed from its own callback");
     ql_llama_free(box->model);
     box->model = NULL;
     return 0;
@@ -68,6 +84,7 @@ static int model_load(lua_State *L)
     if (!dtype_option(L, 3, &options.dtype))
         return luaL_error(L, "option 'dtype' is not auto, float32, float16 or bfloat16");
     options.max_context = qlua_option_integer(L, 3, "max_context", 0, 1, INT32_MAX);
+    qlua_pressure(L, 0);
     model_box *box = qlua_box_push(L, QLUA_MODEL, sizeof *box);
     ql_err err;
     int tries = 0;
@@ -120,6 +137,8 @@ static int model_random(lua_State *L)
     callback cb = {L, 5, false};
     bool policy = !lua_isnoneornil(L, 5);
     if (policy) luaL_checktype(L, 5, LUA_TFUNCTION);
+    qlua_pressure(L, 0);
+    luaL_checkstack(L, 16, NULL);
     model_box *box = qlua_box_push(L, QLUA_MODEL, sizeof *box);
     ql_err err;
     ql_status status =
@@ -200,13 +219,16 @@ static bool apply_policy(void *ud, const char *name, int64_t n, int64_t k, ql_qu
  */
 static int model_quantize(lua_State *L)
 {
-    ql_llama *full = qlua_model_check(L, 1);
+    model_box *full = check_box(L, 1);
     luaL_checktype(L, 2, LUA_TFUNCTION);
     callback cb = {L, 2, false};
+    qlua_pressure(L, 0);
     model_box *box = qlua_box_push(L, QLUA_MODEL, sizeof *box);
     luaL_checkstack(L, 16, NULL);
     ql_err err;
-    ql_status status = ql_llama_quantize(full, apply_policy, &cb, &box->model, &err);
+    full->calls++;
+    ql_status status = ql_llama_quantize(full->model, apply_policy, &cb, &box->model, &err);
+    full->calls--;
     if (cb.raised) return lua_error(L);
     return status == QL_OK ? 1 : qlua_fail(L, &err);
 }
@@ -286,8 +308,13 @@ static void check_outputs(lua_State *L, int arg, rows_arg *r)
     for (int i = 0; i < r->rows; i++) {
         r->outputs[i] = last ? 1 : r->lengths[i];
         if (mode) continue;
+        int isint;
         lua_rawgeti(L, -1, i + 1);
-        r->outputs[i] = (int32_t)luaL_checkinteger(L, -1);
+        lua_Integer count = lua_tointegerx(L, -1, &isint);
+        if (!isint || count < 0 || count > r->lengths[i])
+            luaL_error(L, "entry %d of option 'rows' is %s, not a count from 0 to the row's %d tokens", i + 1,
+                       luaL_tolstring(L, -1, NULL), r->lengths[i]);
+        r->outputs[i] = (int32_t)count;
         lua_pop(L, 1);
     }
 }
@@ -297,6 +324,7 @@ static int ask_trace(lua_State *L)
 {
     const ql_tensor *value = lua_touserdata(L, 3);
     lua_pop(L, 1);
+    qlua_pressure(L, ql_tensor_bytes(value));
     ql_tensor *copy = qlua_tensor_push(L);
     ql_err err;
     ql_status status = ql_tensor_new(ql_tensor_device(value), NULL, QL_MEM_ACTIVATIONS, value->dtype,
@@ -307,7 +335,6 @@ static int ask_trace(lua_State *L)
     if (status == QL_OK) status = ql_tensor_upload(copy, buffer, bytes, &err);
     if (status != QL_OK) return luaL_error(L, "%s", err.message);
     lua_pop(L, 1);
-    qlua_tensor_settle(L, -1);
     lua_call(L, 2, 0);
     return 0;
 }
@@ -326,7 +353,8 @@ static ql_status run_trace(void *ud, const char *name, const ql_tensor *value, q
 static int model_forward(lua_State *L)
 {
     static const char *const known[] = {"rows", "trace", NULL};
-    ql_llama *m = qlua_model_check(L, 1);
+    model_box *self = check_free(L, 1);
+    ql_llama *m = self->model;
     lua_settop(L, 3);
     qlua_options_check(L, 3, known);
     callback cb = {L, 4, false};
@@ -335,8 +363,11 @@ static int model_forward(lua_State *L)
     else
         lua_getfield(L, 3, "trace");
     bool traced = !lua_isnil(L, 4);
-    if (traced) luaL_checktype(L, 4, LUA_TFUNCTION);
+    if (traced && !lua_isfunction(L, 4)) return luaL_error(L, "option 'trace' is not a function");
     rows_arg r = check_rows(L, 2);
+    for (int i = 0; i < r.rows; i++) {
+        if (r.lengths[i] < 1) return luaL_error(L, "row %d has no tokens", i + 1);
+    }
     check_outputs(L, 3, &r);
     luaL_checkstack(L, 16, NULL);
 
@@ -352,17 +383,17 @@ static int model_forward(lua_State *L)
     int tries = 0;
     do {
         ql_kvcache cache = {0};
-        for (int i = 0; i < r.rows; i++) {
-            if (r.lengths[i] < 1) return luaL_error(L, "row %d has no tokens", i + 1);
-        }
+        self->calls++;
+        self->passing = true;
         status = ql_llama_cache(m, r.rows, r.lengths, &cache, &err);
         if (status == QL_OK)
             status = ql_llama_forward(m, &cache, &batch, traced ? &trace : NULL, logits, &err);
         ql_kvcache_free(&cache);
+        self->passing = false;
+        self->calls--;
         if (cb.raised) return lua_error(L);
     } while (qlua_retry(L, status, &tries));
     if (status != QL_OK) return qlua_fail(L, &err);
-    qlua_tensor_settle(L, box);
     lua_settop(L, box);
     return 1;
 }
@@ -414,7 +445,7 @@ static int model_generate(lua_State *L)
 {
     static const char *const known[] = {"max_new_tokens", "temperature", "top_k",    "top_p", "seed",
                                         "stop_ids",       "streams",     "on_token", NULL};
-    ql_llama *m = qlua_model_check(L, 1);
+    model_box *self = check_free(L, 1);
     lua_settop(L, 3);
     luaL_checktype(L, 3, LUA_TTABLE);
     qlua_options_check(L, 3, known);
@@ -445,7 +476,9 @@ static int model_generate(lua_State *L)
         streams = lua_newuserdatauv(L, (size_t)(r.rows ? r.rows : 1) * sizeof *streams, 0);
         for (int i = 0; i < r.rows; i++) {
             lua_rawgeti(L, table, i + 1);
-            streams[i] = (uint64_t)luaL_checkinteger(L, -1);
+            int isint;
+            streams[i] = (uint64_t)lua_tointegerx(L, -1, &isint);
+            if (!isint) return luaL_error(L, "entry %d of option 'streams' is not an integer", i + 1);
             lua_pop(L, 1);
         }
     }
@@ -456,7 +489,9 @@ static int model_generate(lua_State *L)
     ql_status status;
     int tries = 0;
     do {
-        status = ql_generate(m, r.rows, prompts, r.lengths, streams, &options, g, &err);
+        self->calls++;
+        status = ql_generate(self->model, r.rows, prompts, r.lengths, streams, &options, g, &err);
+        self->calls--;
         if (cb.raised) return lua_error(L);
     } while (!options.on_token && qlua_retry(L, status, &tries));
     if (status != QL_OK) return qlua_fail(L, &err);

@@ -49,7 +49,6 @@ static ql_tensor *push_new(lua_State *L, const ql_tensor *like, ql_dtype dtype, 
             ql_tensor_new(ql_tensor_device(like), NULL, QL_MEM_ACTIVATIONS, dtype, ndim, shape, out, &err);
     } while (qlua_retry(L, status, &tries));
     if (status != QL_OK) luaL_error(L, "%s", err.message);
-    qlua_tensor_settle(L, -1);
     return out;
 }
 
@@ -392,7 +391,6 @@ static int tensor_to(lua_State *L)
     ql_status status =
         ql_tensor_new(qlua_device_host(L), NULL, QL_MEM_ACTIVATIONS, t->dtype, t->ndim, t->shape, out, &err);
     if (status == QL_OK) status = ql_tensor_download(t, out->data, ql_tensor_bytes(t), &err);
-    qlua_tensor_settle(L, -1);
     return check(L, status, &err, 1);
 }
 
@@ -510,7 +508,6 @@ static int new_tensor(lua_State *L)
     ql_err err;
     ql_status status = ql_tensor_new(dev, NULL, QL_MEM_ACTIVATIONS, QL_F32, ndim, shape, out, &err);
     if (status == QL_OK) status = ql_tensor_upload(out, host, count, &err);
-    qlua_tensor_settle(L, -1);
     return check(L, status, &err, 1);
 }
 

@@ -15,9 +15,17 @@ struct ql_storage {
     size_t bytes;
 };
 
+static atomic_size_t live_bytes;
+
+size_t ql_tensor_live_bytes(void)
+{
+    return atomic_load(&live_bytes);
+}
+
 static void storage_release(ql_storage *s)
 {
     if (!s || atomic_fetch_sub(&s->refs, 1) != 1) return;
+    atomic_fetch_sub(&live_bytes, s->bytes);
     s->device->backend->free(s->device->ctx, s->data, s->bytes);
     ql_arena_refund(s->arena, s->kind, s->bytes);
     ql_arena_release(s->arena);
@@ -42,6 +50,7 @@ static ql_status storage_new(ql_device *dev, ql_arena *arena, ql_mem_kind kind, 
     s->kind = kind;
     s->bytes = bytes;
     ql_arena_charge(arena, kind, bytes);
+    atomic_fetch_add(&live_bytes, bytes);
     *out = s;
     return QL_OK;
 }

@@ -47,6 +47,7 @@ int64_t ql_tensor_count(const ql_tensor *t); /* number of elements; 0 for an emp
 size_t ql_tensor_bytes(const ql_tensor *t);
 ql_device *ql_tensor_device(const ql_tensor *t); /* borrowed */
 bool ql_tensor_is_shared(const ql_tensor *t);    /* more than one view holds the storage */
+size_t ql_tensor_live_bytes(void);               /* of all storages of the process, on any device */
 
 /* Host <-> device; `bytes` must be the whole tensor's. */
 ql_status ql_tensor_upload(ql_tensor *t, const void *src, size_t bytes, ql_err *err);

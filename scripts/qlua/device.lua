@@ -45,6 +45,11 @@ end
 ---  samples: number[] }  seconds
 function device:time(fn, options)
   options = options or {}
+  for key in pairs(options) do
+    if key ~= "warmup" and key ~= "runs" and key ~= "min_seconds" then
+      error(("unknown option '%s' (options are: min_seconds, runs, warmup)"):format(tostring(key)), 2)
+    end
+  end
   local runs, least = options.runs or 20, options.min_seconds or 0.5
   for _ = 1, options.warmup or 3 do fn() end
   local samples, spent = {}, 0

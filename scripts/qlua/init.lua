@@ -53,6 +53,8 @@ function qlua.open_checkpoint(path)
   return core.open_checkpoint(path)
 end
 
+local SYNTHETIC <const> = { device = true, dtype = true, layers = true, quant = true, seed = true }
+
 --- A model of a known shape with random weights: speed and memory without a download.
 ---@param name string  a key of qlua.shapes, e.g. "llama-3.2-1b"
 ---@param options? { device: qlua.device?, dtype: string?, quant: table|string|nil, seed: integer?, layers:
@@ -60,12 +62,17 @@ end
 ---@return qlua.model?, qlua.failure?
 function qlua.load_synthetic(name, options)
   options = options or {}
+  for key in pairs(options) do
+    if not SYNTHETIC[key] then
+      error(("unknown option '%s' (options are: device, dtype, layers, quant, seed)"):format(tostring(key)), 2)
+    end
+  end
   local shape = shapes[name]
   if not shape then
     local known = {}
     for key in pairs(shapes) do known[#known + 1] = key end
     table.sort(known)
-    error(("no shape '%s' (shapes are: %s)"):format(name, table.concat(known, ", ")), 2)
+    error(("no shape '%s' (shapes are: %s)"):format(tostring(name), table.concat(known, ", ")), 2)
   end
   if options.layers then shape = setmetatable({ layers = options.layers }, { __index = shape }) end
   local flat = {}

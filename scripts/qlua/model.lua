@@ -18,6 +18,8 @@ local model = core.methods "model"
 ---@field sha256 fun(self): string?, qlua.failure?  identity of the checkpoint's bytes
 ---@field close fun(self)
 
+local primitive_info = model.info
+
 local tokenizers = setmetatable({}, { __mode = "k" })
 
 --- The tokenizer of the model's folder, loaded at the first call.
@@ -72,8 +74,7 @@ local function stops(stop)
 end
 
 --- A function that says whether a row's text so far holds one of `strings`.
-local function string_stopper(self, strings)
-  local tok = assert(self:tokenizer())
+local function string_stopper(tok, strings)
   local longest = 0
   for _, s in ipairs(strings) do longest = math.max(longest, #s) end
   local streams, tails = {}, {}
@@ -95,7 +96,7 @@ local KNOWN <const> = { max_new_tokens = true, temperature = true, top_k = true,
 --- Generates after one prompt or a batch of prompts. temperature 0 (default) is greedy. `stop`: ids and
 --- texts, beside the model's own end-of-sequence ids (unless ignore_eos). `streams`: a number for each row
 --- that its draws depend on, beside the seed, so that a row draws the same in any batch. on_token(row, id)
---- may return true to end its row.
+--- may return true to end its row; so does a stop text, and its tokens stay in the result.
 ---@param prompts integer[]|integer[][]
 ---@param options? { max_new_tokens: integer?, temperature: number?, top_k: integer?, top_p: number?, seed:
 ---  integer?,
@@ -104,15 +105,31 @@ local KNOWN <const> = { max_new_tokens = true, temperature = true, top_k = true,
 ---  decode_tokens, decode_steps, stop ("length", "token", "caller", "context"; one for each row of a batch)
 function model:generate(prompts, options)
   options = options or {}
+  if type(prompts) ~= "table" then
+    error(("prompts are token ids, or a list of such lists, not a %s"):format(type(prompts)), 2)
+  end
   for key in pairs(options) do
-    if not KNOWN[key] then error(("unknown option '%s'"):format(tostring(key)), 2) end
+    if not KNOWN[key] then
+      error(("unknown option '%s' (options are: ignore_eos, max_new_tokens, on_token, seed, stop, streams, "
+        .. "temperature, top_k, top_p)"):format(tostring(key)), 2)
+    end
   end
   local passed = {}
   for _, key in ipairs(PASSED) do passed[key] = options[key] end
   local ids, strings = stops(options.stop)
-  if not options.ignore_eos then table.move(self:info().eos, 1, #self:info().eos, #ids + 1, ids) end
+  if not options.ignore_eos then
+    for _, id in ipairs(primitive_info(self).eos) do ids[#ids + 1] = id end
+  end
   passed.stop_ids = ids
-  local user, text_stop = options.on_token, #strings > 0 and string_stopper(self, strings) or nil
+  local user, text_stop = options.on_token, nil
+  if user ~= nil and type(user) ~= "function" then
+    error(("option 'on_token' is a %s, not a function"):format(type(user)), 2)
+  end
+  if #strings > 0 then
+    local tok, err = self:tokenizer()
+    if not tok then return nil, err end
+    text_stop = string_stopper(tok, strings)
+  end
   if user or text_stop then
     passed.on_token = function(row, id)
       local wanted = user and user(row, id)
@@ -153,11 +170,10 @@ local function quantization(self, dtype)
   local linears = #matrices - (matrices[#matrices].scheme and 0 or 1)
   local label = same and first.scheme or "mixed"
   if quantized < linears then label = ("%s %d/%d"):format(label, quantized, linears) end
-  return { label = label, scheme = same and first.scheme or nil, block = same and first.block or nil,
-    double = same and first.double or nil, quantized = quantized, matrices = #matrices }
+  if not same then first = {} end
+  return { label = label, scheme = first.scheme, block = first.block, double = first.double,
+    quantized = quantized, matrices = #matrices }
 end
-
-local primitive_info = model.info
 
 --- What the model is: architecture, params, bytes (resident), layers, hidden, intermediate, heads, kv_heads,
 --- head_dim, vocab, max_context, dtype, kv_dtype, tied, bos, eos, device, folder, quant (see above).

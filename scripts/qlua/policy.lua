@@ -6,8 +6,8 @@
 ---   block    weights that share one scale: a power of two, 32 to 4096 (default 64)
 ---   double   quantize the scales too (default false)
 ---   skip     modules that stay as they are (default {"lm_head"}): whole dotted parts of a name, such as
----   "lm_head",
----            "mlp", "layers.0" or "model.layers.3.mlp.down_proj"
+---            "lm_head", "mlp", "layers.0" or "model.layers.3.mlp.down_proj"
+---   dtype    what weights decode to: "auto" (default: as the dense matrix), "float32", "bfloat16", "float16"
 ---   policy   function(name, shape) -> nil (leave it), a scheme's name, or a table of these options for that
 ---   matrix
 
@@ -17,12 +17,12 @@ local KNOWN <const> = { scheme = true, codebook = true, block = true, double = t
   policy = true,
   dtype = true }
 
+--- `level`: of the caller who is told, 1 being the function that calls this one; 0 tells nobody.
 local function check_keys(options, level)
   for key in pairs(options) do
     if not KNOWN[key] then
-      error(("unknown option '%s' (options are: block, codebook, double, policy, scheme, skip)"):format(
-        tostring(key)),
-        level + 1)
+      error(("unknown option '%s' (options are: block, codebook, double, dtype, policy, scheme, skip)")
+        :format(tostring(key)), level > 0 and level + 1 or 0)
     end
   end
 end
@@ -44,9 +44,17 @@ end
 ---@param options table
 ---@return fun(name: string, rows: integer, columns: integer): table?
 function policy.make(options)
-  check_keys(options, 2)
+  if type(options) ~= "table" then
+    error(("quantization options are a table, not a %s"):format(type(options)), 3)
+  end
+  check_keys(options, 3)
   local skip = options.skip or { "lm_head" }
   if type(skip) == "string" then skip = { skip } end
+  if type(skip) ~= "table" then error("option 'skip' is not a list of module names", 3) end
+  if options.policy ~= nil and type(options.policy) ~= "function" then
+    error(("option 'policy' is a %s, not a function"):format(type(options.policy)), 3)
+  end
+  if options.scheme and options.codebook then error("option 'codebook' stands instead of 'scheme'", 3) end
   local base = specification(options)
   return function(name, rows, columns)
     for _, entry in ipairs(skip) do
@@ -60,7 +68,7 @@ function policy.make(options)
       error(("the policy's answer for %s is a %s, not nil, a scheme's name or a table"):format(name,
         type(answer)), 0)
     end
-    check_keys(answer, 1)
+    check_keys(answer, 0)
     local merged = specification(answer)
     if merged.block == nil then merged.block = options.block end
     if merged.double == nil then merged.double = options.double end
