@@ -15,23 +15,23 @@ static int by_text(const void *a, const void *b)
     return x->id < y->id ? -1 : x->id > y->id;
 }
 
-void ql_tok_added_index(ql_tok_added_set *set)
+ql_status ql_tok_added_index(ql_tok_added_set *set, ql_err *err)
 {
     if (set->n > 1) qsort(set->v, set->n, sizeof *set->v, by_text);
-    size_t n = 0;
-    for (size_t i = 0; i < set->n; i++) {
-        const ql_tok_added *last = n > 0 ? &set->v[n - 1] : NULL;
-        if (last != NULL && last->len == set->v[i].len && memcmp(last->text, set->v[i].text, last->len) == 0)
-            continue;
-        set->v[n++] = set->v[i];
+    for (size_t i = 1; i < set->n; i++) {
+        const ql_tok_added *a = &set->v[i - 1], *b = &set->v[i];
+        if (a->len == b->len && memcmp(a->text, b->text, a->len) == 0)
+            return ql_err_set(err, QL_ERR_UNSUPPORTED,
+                              "added_tokens: %d and %d are the same text when normalised", (int)a->id,
+                              (int)b->id);
     }
-    set->n = n;
     size_t at = 0;
     for (unsigned b = 0; b < 256; b++) {
         set->first[b] = (uint32_t)at;
-        while (at < n && (unsigned char)set->v[at].text[0] == b) at++;
+        while (at < set->n && (unsigned char)set->v[at].text[0] == b) at++;
     }
-    set->first[256] = (uint32_t)n;
+    set->first[256] = (uint32_t)set->n;
+    return QL_OK;
 }
 
 /* First of v[lo, hi) whose byte number `depth` is at least c; all of them share
@@ -111,17 +111,16 @@ const ql_tok_added *ql_tok_added_next(const ql_tok_added_set *set, const char *t
         *scan = at + found->len;
         if (found->special && !special) continue;
         if (found->single_word && !stands_alone(text, len, at, *scan)) continue;
-        *start = at;
-        *end = *scan;
+        if (*scan <= done && at < done) continue; /* in white space that the token before took up */
         unsigned n;
+        *start = at < done ? done : at;
+        *end = *scan;
         while (found->lstrip && *start > done) {
             size_t before = ql_utf8_before(text, *start);
             if (!ql_utf8_is_space(ql_utf8_get(text + before, &n))) break;
             *start = before;
         }
         while (found->rstrip && *end < len && ql_utf8_is_space(ql_utf8_get(text + *end, &n))) *end += n;
-        if (*start < done) *start = done; /* the token before took white space that is this one's text */
-        if (*end < *start) *end = *start;
         return found;
     }
     return NULL;

@@ -32,7 +32,10 @@ void ql_tok_bpe_prepare(ql_tokenizer *t)
         snprintf(s, sizeof s, "<0x%02X>", b);
         t->byte_id[b] = ql_tok_vocab_find_model(v, s, 6);
     }
-    t->cut_at_mark = ql_tok_vocab_find_model(v, MARK, 3) >= 0;
+    bool keeps_all = t->unk >= 0 || t->byte_fallback;
+    for (unsigned b = 0; b < 256 && t->unk < 0; b++) keeps_all = keeps_all && t->byte_id[b] >= 0;
+    /* A character that is dropped would let the marks around it meet. */
+    t->cut_at_mark = keeps_all && ql_tok_vocab_find_model(v, MARK, 3) >= 0;
     for (size_t i = 0; i <= v->merge_mask && t->cut_at_mark; i++) {
         if (v->merge[i].key == QL_TOK_NO_PAIR) continue;
         const ql_tok_entry *e = &v->entry[v->merge[i].id];

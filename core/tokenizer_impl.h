@@ -237,8 +237,9 @@ typedef struct {
     uint32_t first[257]; /* v[first[b]] .. v[first[b + 1]] begin with byte b */
 } ql_tok_added_set;
 
-/* Sort, drop what has the same text as one before, and index by first byte. */
-void ql_tok_added_index(ql_tok_added_set *set);
+/* Sort and index by first byte. Two tokens of the same text are refused: which one was meant cannot be told.
+ */
+ql_status ql_tok_added_index(ql_tok_added_set *set, ql_err *err);
 
 /* Next added token in text [len] whose bytes start at or after *scan. *start
  * and *end [OUT] include the white space that the token takes up, never

@@ -186,7 +186,8 @@ static ql_status read_added_token(const cJSON *item, const char *where, ql_token
     const char *made;
     status = ql_tok_normalize(&t->normalizers, t->scratch.matcher, t->scratch.norm, a.text, a.len, &made,
                               &a.len, err);
-    if (status != QL_OK || a.len == 0) return status;
+    if (status != QL_OK) return status;
+    if (a.len == 0) return ql_err_set(err, QL_ERR_UNSUPPORTED, "the normaliser leaves nothing of it");
     char *own = ql_strndup(made, a.len);
     if (own == NULL) return out_of_memory(err);
     t->added_text[t->added_text_n++] = own;
@@ -212,8 +213,28 @@ static ql_status read_added(const cJSON *added, ql_tokenizer *t, ql_err *err)
             return status;
         }
     }
-    ql_tok_added_index(&t->raw);
-    ql_tok_added_index(&t->normalized);
+    ql_status status = ql_tok_added_index(&t->raw, err);
+    return status == QL_OK ? ql_tok_added_index(&t->normalized, err) : status;
+}
+
+/* Metaspace's "first" means the piece whose first character stood first in the original text. Where earlier
+ * steps cut or drop characters, that needs offsets, which are not kept. */
+static ql_status check_first(const ql_tokenizer *t, ql_err *err)
+{
+    bool moved = false;
+    for (size_t i = 0; i < t->normalizers.n; i++) {
+        const ql_tok_step *step = &t->normalizers.v[i];
+        moved = moved || step->kind == QL_TOK_TRIM || step->kind == QL_TOK_PREPEND ||
+                (step->kind == QL_TOK_REPLACE && (step->regex != NULL || step->with_len == 0));
+    }
+    for (size_t i = 0; i < t->pretokenizers.n; i++) {
+        const ql_tok_step *step = &t->pretokenizers.v[i];
+        if (step->kind == QL_TOK_METASPACE && step->scheme == QL_TOK_FIRST && (moved || i > 0))
+            return ql_err_set(
+                err, QL_ERR_UNSUPPORTED,
+                "pre_tokenizer Metaspace: prepend_scheme \"first\" behind steps that cut or strip "
+                "is not supported");
+    }
     return QL_OK;
 }
 
@@ -240,6 +261,7 @@ static ql_status read_tokenizer(const cJSON *root, ql_tokenizer *t, bool *templa
     if (status == QL_OK)
         status = ql_tok_steps_read(QL_TOK_PRETOKENIZER, ql_tok_json_get(root, "pre_tokenizer"),
                                    &t->pretokenizers, err);
+    if (status == QL_OK) status = check_first(t, err);
     if (status == QL_OK)
         status = ql_tok_steps_read(QL_TOK_DECODER, ql_tok_json_get(root, "decoder"), &t->decoders, err);
     t->has_decoder = ql_tok_json_get(root, "decoder") != NULL;

@@ -14,7 +14,7 @@ ql_status ql_tok_replace(const ql_tok_step *step, ql_tok_matcher *m, const char 
 {
     size_t at = 0, from = 0;
     bool matched = false;
-    while (from <= len) {
+    while (len > 0 && from <= len) { /* nothing is found in an empty text, not even an empty match */
         size_t start, end;
         bool found;
         if (step->regex != NULL) {

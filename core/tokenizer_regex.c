@@ -28,11 +28,14 @@ struct ql_tok_matcher {
     pcre2_jit_stack *stack;
 };
 
-/* Oniguruma's shorthands by Unicode property. PCRE2's own \s has U+180E too,
- * and its \w lacks marks. */
+/* Oniguruma's shorthands by Unicode property, compared with it at every code point. PCRE2's own \s has U+180E
+ * too and its \w lacks marks; Oniguruma's \w, but not inside a class, has the Latin-1 superscripts and
+ * fractions. What is left is Unicode's version: characters younger than PCRE2's (10.42: Unicode 14) are
+ * unassigned to it. */
 #define SPACE "\\p{White_Space}"
 #define NOT_SPACE "\\P{White_Space}"
 #define WORD "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"
+#define LATIN1 "\\xB2\\xB3\\xB9\\xBC-\\xBE"
 
 static ql_status foreign(ql_err *err, const char *pattern, size_t at, const char *what)
 {
@@ -57,11 +60,11 @@ static ql_status translate_escape(const char *p, size_t *i, bool in_class, ql_to
         text = NOT_SPACE;
         break;
     case 'w':
-        text = in_class ? WORD : "[" WORD "]";
+        text = in_class ? WORD : "[" WORD LATIN1 "]";
         break;
     case 'W':
         if (in_class) return foreign(err, p, at, "\\W inside a class");
-        text = "[^" WORD "]";
+        text = "[^" WORD LATIN1 "]";
         break;
     case 'v':
         text = "\\x0b";

@@ -9,6 +9,9 @@
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| "                                                          \
     "?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 
+/* \w of Rust's regex crate, which runs Whitespace; the engine of Split takes it a little differently. */
+#define WORD "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}"
+
 typedef ql_status read_fn(const cJSON *item, const char *where, ql_tok_step *step, ql_err *err);
 
 void ql_tok_steps_free(ql_tok_steps *steps)
@@ -172,7 +175,7 @@ static ql_status read_whitespace(const cJSON *item, const char *where, ql_tok_st
     step->behavior = QL_TOK_REMOVED;
     step->split = true;
     step->invert = true; /* what the pattern does not match goes */
-    return compile("\\w+|[^\\w\\s]+", where, step, err);
+    return compile("[" WORD "]+|[^" WORD "\\s]+", where, step, err);
 }
 
 static ql_status read_whitespace_split(const cJSON *item, const char *where, ql_tok_step *step, ql_err *err)

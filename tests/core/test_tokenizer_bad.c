@@ -129,6 +129,10 @@ static const change changes[] = {
     {"{\"type\": \"Split\"", "{\"type\": \"BertPreTokenizer\"", QL_ERR_UNSUPPORTED, "BertPreTokenizer"},
     {"{\"type\": \"Split\"", "{\"type\": \"Metaspace\", \"replacement\": \"ab\"", QL_ERR_FORMAT,
      "one character"},
+    {"{\"type\": \"Split\"",
+     "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Digits\"}, {\"type\": \"Metaspace\","
+     " \"replacement\": \"_\", \"prepend_scheme\": \"first\"}]",
+     QL_ERR_UNSUPPORTED, "prepend_scheme \"first\""},
     {"\"Isolated\"", "\"Merged\"", QL_ERR_UNSUPPORTED, "\"Merged\""},
     {"{\"Regex\": \"\\\\w+\"}", "{}", QL_ERR_FORMAT, "pattern"},
     {"{\"Regex\": \"\\\\w+\"}", "{\"String\": \"\"}", QL_ERR_UNSUPPORTED, "pattern"},
