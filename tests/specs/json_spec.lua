@@ -45,7 +45,8 @@ describe("qlua.json", function()
   end)
 
   it("indents", function()
-    assert.equal('{\n  "a": [\n    1,\n    2\n  ],\n  "b": {}\n}', json.encode({ a = { 1, 2 }, b = {} }, { indent = 2 }))
+    local text = json.encode({ a = { 1, 2 }, b = {} }, { indent = 2 })
+    assert.equal('{\n  "a": [\n    1,\n    2\n  ],\n  "b": {}\n}', text)
   end)
 
   it("names the position of what is wrong", function()
@@ -77,7 +78,8 @@ describe("qlua.json", function()
   it("raises on what JSON cannot hold", function()
     local loop = {}
     loop.x = loop
-    for _, bad in ipairs { { 1, nil, 3 }, { 1, x = 2 }, { [5] = 1 }, { 0 / 0 }, { math.huge }, { print }, loop } do
+    local refused = { { 1, nil, 3 }, { 1, x = 2 }, { [5] = 1 }, { 0 / 0 }, { math.huge }, { print }, loop }
+    for _, bad in ipairs(refused) do
       assert.has_error(function() json.encode(bad) end)
     end
     assert.has_error(function() json.encode(1, { indent = "x" }) end)
