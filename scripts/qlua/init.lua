@@ -64,7 +64,8 @@ function qlua.load_synthetic(name, options)
   options = options or {}
   for key in pairs(options) do
     if not SYNTHETIC[key] then
-      error(("unknown option '%s' (options are: device, dtype, layers, quant, seed)"):format(tostring(key)), 2)
+      error(("unknown option '%s' (options are: device, dtype, layers, quant, seed)")
+        :format(tostring(key)), 2)
     end
   end
   local shape = shapes[name]

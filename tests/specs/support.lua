@@ -123,6 +123,34 @@ function support.ids(n, vocab, seed)
   return list
 end
 
+--- Writes a safetensors file of float32 tensors.
+---@param path string
+---@param tensors { name: string, shape: integer[], bytes: string }[]
+function support.write_safetensors(path, tensors)
+  local header, parts, at = {}, {}, 0
+  for i, t in ipairs(tensors) do
+    header[i] = ('"%s":{"dtype":"F32","shape":[%s],"data_offsets":[%d,%d]}'):format(t.name,
+      table.concat(t.shape, ","), at, at + #t.bytes)
+    parts[i] = t.bytes
+    at = at + #t.bytes
+  end
+  support.write(path, string.pack("<s8", "{" .. table.concat(header, ",") .. "}") .. table.concat(parts))
+end
+
+--- The stored bytes of every tensor of a safetensors file.
+---@param path string
+---@return table<string, string>
+function support.raw_tensors(path)
+  local text, map = support.read(path), {}
+  local header, data = string.unpack("<s8", text)
+  for name, entry in pairs(assert(require("qlua.json").decode(header))) do
+    if entry.data_offsets then
+      map[name] = text:sub(data + entry.data_offsets[1], data + entry.data_offsets[2] - 1)
+    end
+  end
+  return map
+end
+
 local folders = {}
 
 --- A new empty folder; support.cleanup removes it.
