@@ -112,11 +112,16 @@ typedef struct {
 #define QL_TOK_NO_PAIR UINT64_MAX
 
 typedef struct {
+    int32_t id;   /* -1: empty */
+    uint32_t tag; /* upper half of the hash: strings are compared only where it is equal */
+} ql_tok_slot;
+
+typedef struct {
     char *pool;
     size_t pool_n, pool_cap;
     ql_tok_entry *entry; /* [size] */
     int32_t size;
-    int32_t *slot; /* [slot_mask + 1] id or -1, open addressing */
+    ql_tok_slot *slot; /* [slot_mask + 1], open addressing */
     size_t slot_mask;
     ql_tok_merge *merge; /* [merge_mask + 1] */
     size_t merge_mask;

@@ -88,25 +88,29 @@ void ql_tok_vocab_free(ql_tok_vocab *v)
 }
 
 /* Slot of the string, or the empty one where it belongs. */
-static size_t find_slot(const ql_tok_vocab *v, const char *s, size_t len)
+static ql_tok_slot *find_slot(const ql_tok_vocab *v, const char *s, size_t len, uint32_t *tag)
 {
-    size_t i = (size_t)ql_hash(v->seed, s, len) & v->slot_mask;
-    for (; v->slot[i] >= 0; i = (i + 1) & v->slot_mask) {
-        const ql_tok_entry *e = &v->entry[v->slot[i]];
-        if (e->len == len && memcmp(v->pool + e->at, s, len) == 0) break;
+    uint64_t h = ql_hash(v->seed, s, len);
+    *tag = (uint32_t)(h >> 32);
+    for (size_t i = (size_t)h & v->slot_mask;; i = (i + 1) & v->slot_mask) {
+        ql_tok_slot *slot = &v->slot[i];
+        if (slot->id < 0) return slot;
+        if (slot->tag != *tag) continue;
+        const ql_tok_entry *e = &v->entry[slot->id];
+        if (e->len == len && memcmp(v->pool + e->at, s, len) == 0) return slot;
     }
-    return i;
 }
 
 ql_status ql_tok_vocab_put(ql_tok_vocab *v, int32_t id, const char *s, size_t len, uint32_t flags,
                            ql_err *err)
 {
-    size_t slot = find_slot(v, s, len);
+    uint32_t tag;
+    ql_tok_slot *slot = find_slot(v, s, len, &tag);
     ql_tok_entry *e = &v->entry[id];
-    if (v->slot[slot] >= 0) {
-        if (v->slot[slot] != id)
-            return ql_err_set(err, QL_ERR_FORMAT, "token \"%.60s\" has two ids, %d and %d", s,
-                              (int)v->slot[slot], (int)id);
+    if (slot->id >= 0) {
+        if (slot->id != id)
+            return ql_err_set(err, QL_ERR_FORMAT, "token \"%.60s\" has two ids, %d and %d", s, (int)slot->id,
+                              (int)id);
         if (e->flags & flags & (QL_TOK_MODEL | QL_TOK_ADDED))
             return ql_err_set(err, QL_ERR_FORMAT, "token \"%.60s\" stands there twice", s);
         e->flags |= flags;
@@ -119,13 +123,14 @@ ql_status ql_tok_vocab_put(ql_tok_vocab *v, int32_t id, const char *s, size_t le
     memcpy(v->pool + v->pool_n, s, len);
     v->pool[v->pool_n + len] = '\0';
     v->pool_n += len + 1;
-    v->slot[slot] = id;
+    *slot = (ql_tok_slot){id, tag};
     return QL_OK;
 }
 
 int32_t ql_tok_vocab_find(const ql_tok_vocab *v, const char *s, size_t len)
 {
-    return v->slot[find_slot(v, s, len)];
+    uint32_t tag;
+    return find_slot(v, s, len, &tag)->id;
 }
 
 int32_t ql_tok_vocab_find_model(const ql_tok_vocab *v, const char *s, size_t len)
