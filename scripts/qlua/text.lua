@@ -25,17 +25,24 @@ local function space_before(s, at)
   if at >= 3 and WIDE_SPACES[s:sub(at - 2, at)] then return 3 end
 end
 
+--- The first position from `at` on that is no white space.
+---@param s string
+---@param at integer
+---@return integer
+function text.skip_space(s, at)
+  while at <= #s do
+    local length = space_at(s, at)
+    if not length then break end
+    at = at + length
+  end
+  return at
+end
+
 --- Without leading white space, as Python's str.lstrip().
 ---@param s string
 ---@return string
 function text.lstrip(s)
-  local first = 1
-  while first <= #s do
-    local length = space_at(s, first)
-    if not length then break end
-    first = first + length
-  end
-  return s:sub(first)
+  return s:sub(text.skip_space(s, 1))
 end
 
 --- Without trailing white space, as Python's str.rstrip().
