@@ -62,12 +62,12 @@ local function stops(stop)
   if stop == nil then return ids, strings end
   if type(stop) ~= "table" then stop = { stop } end
   for _, entry in ipairs(stop) do
-    if math.type(entry) == "integer" then
+    if math.type(entry) == "integer" and entry >= 0 and entry < 1 << 31 then
       ids[#ids + 1] = entry
     elseif type(entry) == "string" and entry ~= "" then
       strings[#strings + 1] = entry
     else
-      error("option 'stop' holds token ids and texts", 3)
+      error(("option 'stop' holds token ids and texts, not %s"):format(tostring(entry)), 3)
     end
   end
   return ids, strings
