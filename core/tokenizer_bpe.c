@@ -81,27 +81,36 @@ static ql_status start_symbols(ql_tokenizer *t, const char *w, size_t len, ql_er
     return QL_OK;
 }
 
-/* Join in place by scanning for the lowest rank; returns the number of ids
- * left. */
+/* What joining a pair gives; rank NO_RANK where it cannot be joined. */
+typedef struct {
+    uint32_t rank;
+    int32_t id;
+} joined;
+
+#define NO_RANK UINT32_MAX
+
+static joined join(const ql_tok_vocab *v, int32_t left, int32_t right)
+{
+    const ql_tok_merge *m = ql_tok_vocab_merge(v, left, right);
+    return m != NULL ? (joined){m->rank, m->id} : (joined){NO_RANK, -1};
+}
+
+/* Join in place by scanning for the lowest rank; returns the number of ids left. */
 static size_t join_short(const ql_tok_vocab *v, int32_t *id, size_t n)
 {
-    const ql_tok_merge *pair[SHORT_WORD]; /* pair[i]: merge of id[i] and id[i + 1], or NULL */
-    for (size_t i = 0; i + 1 < n; i++) pair[i] = ql_tok_vocab_merge(v, id[i], id[i + 1]);
+    joined pair[SHORT_WORD]; /* pair[i]: id[i] and id[i + 1] joined */
+    for (size_t i = 0; i + 1 < n; i++) pair[i] = join(v, id[i], id[i + 1]);
     while (n > 1) {
-        size_t best = n;
-        uint32_t rank = UINT32_MAX;
-        for (size_t i = 0; i + 1 < n; i++) {
-            if (pair[i] == NULL || pair[i]->rank >= rank) continue;
-            best = i;
-            rank = pair[i]->rank;
-        }
-        if (best == n) break;
-        id[best] = pair[best]->id;
+        size_t best = 0;
+        for (size_t i = 1; i + 1 < n; i++)
+            if (pair[i].rank < pair[best].rank) best = i;
+        if (pair[best].rank == NO_RANK) break;
+        id[best] = pair[best].id;
         n--;
         memmove(id + best + 1, id + best + 2, (n - best - 1) * sizeof *id);
         if (best + 2 < n) memmove(pair + best + 1, pair + best + 2, (n - best - 2) * sizeof *pair);
-        if (best + 1 < n) pair[best] = ql_tok_vocab_merge(v, id[best], id[best + 1]);
-        if (best > 0) pair[best - 1] = ql_tok_vocab_merge(v, id[best - 1], id[best]);
+        if (best + 1 < n) pair[best] = join(v, id[best], id[best + 1]);
+        if (best > 0) pair[best - 1] = join(v, id[best - 1], id[best]);
     }
     return n;
 }

@@ -114,10 +114,11 @@ static bool merge_halves(const cJSON *item, const char **left, size_t *left_len,
         return true;
     }
     const cJSON *a = cJSON_IsArray(item) ? item->child : NULL;
-    if (!cJSON_IsString(a) || !cJSON_IsString(a->next) || a->next->next != NULL) return false;
+    const cJSON *b = a != NULL ? a->next : NULL;
+    if (b == NULL || b->next != NULL || !cJSON_IsString(a) || !cJSON_IsString(b)) return false;
     *left = a->valuestring;
     *left_len = strlen(a->valuestring);
-    *right = a->next->valuestring;
+    *right = b->valuestring;
     return true;
 }
 

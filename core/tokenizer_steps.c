@@ -200,32 +200,32 @@ static ql_status read_strip(const cJSON *item, const char *where, ql_tok_step *s
 
 /* A Metaspace decoder is configured as the pre-tokenizer is. */
 static const struct {
-    ql_tok_section section;
     const char *type;
-    ql_tok_kind kind;
     read_fn *read;
+    ql_tok_section section;
+    ql_tok_kind kind;
 } known[] = {
-    {QL_TOK_NORMALIZER, "NFC", QL_TOK_NFC, read_nothing},
-    {QL_TOK_NORMALIZER, "NFD", QL_TOK_NFD, read_nothing},
-    {QL_TOK_NORMALIZER, "NFKC", QL_TOK_NFKC, read_nothing},
-    {QL_TOK_NORMALIZER, "NFKD", QL_TOK_NFKD, read_nothing},
-    {QL_TOK_NORMALIZER, "Lowercase", QL_TOK_LOWERCASE, read_nothing},
-    {QL_TOK_NORMALIZER, "Strip", QL_TOK_TRIM, read_trim},
-    {QL_TOK_NORMALIZER, "Prepend", QL_TOK_PREPEND, read_prepend},
-    {QL_TOK_NORMALIZER, "Replace", QL_TOK_REPLACE, read_replace},
-    {QL_TOK_PRETOKENIZER, "Split", QL_TOK_SPLIT, read_split},
-    {QL_TOK_PRETOKENIZER, "ByteLevel", QL_TOK_BYTE_LEVEL, read_byte_level},
-    {QL_TOK_PRETOKENIZER, "Metaspace", QL_TOK_METASPACE, read_metaspace},
-    {QL_TOK_PRETOKENIZER, "Digits", QL_TOK_DIGITS, read_digits},
-    {QL_TOK_PRETOKENIZER, "Punctuation", QL_TOK_PUNCTUATION, read_punctuation},
-    {QL_TOK_PRETOKENIZER, "Whitespace", QL_TOK_SPLIT, read_whitespace},
-    {QL_TOK_PRETOKENIZER, "WhitespaceSplit", QL_TOK_WHITESPACE_SPLIT, read_whitespace_split},
-    {QL_TOK_DECODER, "ByteLevel", QL_TOK_BYTE_LEVEL, read_nothing},
-    {QL_TOK_DECODER, "Metaspace", QL_TOK_METASPACE, read_metaspace},
-    {QL_TOK_DECODER, "Replace", QL_TOK_REPLACE, read_replace},
-    {QL_TOK_DECODER, "ByteFallback", QL_TOK_BYTE_FALLBACK, read_nothing},
-    {QL_TOK_DECODER, "Fuse", QL_TOK_FUSE, read_nothing},
-    {QL_TOK_DECODER, "Strip", QL_TOK_STRIP, read_strip},
+    {"NFC", read_nothing, QL_TOK_NORMALIZER, QL_TOK_NFC},
+    {"NFD", read_nothing, QL_TOK_NORMALIZER, QL_TOK_NFD},
+    {"NFKC", read_nothing, QL_TOK_NORMALIZER, QL_TOK_NFKC},
+    {"NFKD", read_nothing, QL_TOK_NORMALIZER, QL_TOK_NFKD},
+    {"Lowercase", read_nothing, QL_TOK_NORMALIZER, QL_TOK_LOWERCASE},
+    {"Strip", read_trim, QL_TOK_NORMALIZER, QL_TOK_TRIM},
+    {"Prepend", read_prepend, QL_TOK_NORMALIZER, QL_TOK_PREPEND},
+    {"Replace", read_replace, QL_TOK_NORMALIZER, QL_TOK_REPLACE},
+    {"Split", read_split, QL_TOK_PRETOKENIZER, QL_TOK_SPLIT},
+    {"ByteLevel", read_byte_level, QL_TOK_PRETOKENIZER, QL_TOK_BYTE_LEVEL},
+    {"Metaspace", read_metaspace, QL_TOK_PRETOKENIZER, QL_TOK_METASPACE},
+    {"Digits", read_digits, QL_TOK_PRETOKENIZER, QL_TOK_DIGITS},
+    {"Punctuation", read_punctuation, QL_TOK_PRETOKENIZER, QL_TOK_PUNCTUATION},
+    {"Whitespace", read_whitespace, QL_TOK_PRETOKENIZER, QL_TOK_SPLIT},
+    {"WhitespaceSplit", read_whitespace_split, QL_TOK_PRETOKENIZER, QL_TOK_WHITESPACE_SPLIT},
+    {"ByteLevel", read_nothing, QL_TOK_DECODER, QL_TOK_BYTE_LEVEL},
+    {"Metaspace", read_metaspace, QL_TOK_DECODER, QL_TOK_METASPACE},
+    {"Replace", read_replace, QL_TOK_DECODER, QL_TOK_REPLACE},
+    {"ByteFallback", read_nothing, QL_TOK_DECODER, QL_TOK_BYTE_FALLBACK},
+    {"Fuse", read_nothing, QL_TOK_DECODER, QL_TOK_FUSE},
+    {"Strip", read_strip, QL_TOK_DECODER, QL_TOK_STRIP},
 };
 
 static const struct {

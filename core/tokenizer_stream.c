@@ -92,12 +92,12 @@ static void give(ql_token_stream *s, const char **text, size_t *len)
 
 static ql_status into_sink(ql_token_stream *s, const char *token, size_t len, ql_err *err)
 {
+    ql_status status;
     int byte;
     switch (s->sink) {
     case BYTE_LEVEL:
         s->bytes.n = 0;
-        byte = 0;
-        ql_status status = ql_tok_bytes_of(token, len, &s->bytes, err);
+        status = ql_tok_bytes_of(token, len, &s->bytes, err);
         return status == QL_OK ? ql_tok_mend(&s->partial, false, s->bytes.p, s->bytes.n, &s->out, err)
                                : status;
     case BYTE_FALLBACK:

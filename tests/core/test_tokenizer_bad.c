@@ -360,6 +360,25 @@ static void test_mutations(void **state)
     assert_true(loaded > 100 && refused > 1000);
 }
 
+/* Without unk_token a character of no token is dropped, and what stood around it may join. */
+static void test_dropped_characters(void **state)
+{
+    (void)state;
+    static const char small[] =
+        "{\"model\": {\"type\": \"BPE\", \"vocab\": {\"\u2581\": 0, \"\u2581\u2581\": 1},"
+        " \"merges\": [\"\u2581 \u2581\"]}}";
+    ql_tokenizer *t;
+    int32_t *ids;
+    size_t n;
+    put(file, small, sizeof small - 1);
+    if (load_folder(&t) != QL_OK) fail_msg("%s", err.message);
+    assert_int_equal(ql_tokenizer_encode(t, "\u2581x\u2581", 7, 0, &ids, &n, &err), QL_OK);
+    assert_int_equal(n, 1);
+    assert_int_equal(ids[0], 1);
+    ql_free(ids);
+    ql_tokenizer_free(t);
+}
+
 static double seconds(void)
 {
     struct timespec now;
@@ -441,9 +460,10 @@ static void test_memory_runs_out(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_refusals),        cmocka_unit_test(test_files),
-        cmocka_unit_test(test_too_many_values), cmocka_unit_test(test_mutations),
-        cmocka_unit_test(test_hostile_work),    cmocka_unit_test(test_memory_runs_out),
+        cmocka_unit_test(test_refusals),           cmocka_unit_test(test_files),
+        cmocka_unit_test(test_too_many_values),    cmocka_unit_test(test_mutations),
+        cmocka_unit_test(test_hostile_work),       cmocka_unit_test(test_memory_runs_out),
+        cmocka_unit_test(test_dropped_characters),
     };
     return cmocka_run_group_tests_name("tokenizer, bad input", tests, make_folder, drop_folder);
 }
