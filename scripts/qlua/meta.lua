@@ -288,6 +288,17 @@ function sys.memory() end
 ---@return string  64 hexadecimal digits
 function sys.sha256(text) end
 
+---@class qlua.probe
+local probe = {}
+
+--- What the processor can do at most: reading memory far larger than its caches, and float32 multiply-adds
+--- on registers (each counts as two), all threads at once; the best of `rounds`. bytes (default 256 MiB):
+--- size of the buffer read.
+---@param options? { threads: integer?, bytes: integer?, rounds: integer? }
+---@return { isa: string, threads: integer, read_bytes_per_second: number, flops_per_second: number }?
+---@return qlua.failure?
+function probe.cpu(options) end
+
 ---@class qlua.tokenizer
 local tokenizer = {}
 

@@ -27,7 +27,8 @@ describe("annotations", function()
   end
 
   local modules = { core = core, metrics = core.metrics, sys = require "qlua.sys", json = require "qlua.json",
-    tokenizers = require "qlua.tokenizer", interrupt = require "qlua.interrupt" }
+    tokenizers = require "qlua.tokenizer", interrupt = require "qlua.interrupt",
+    probe = require "qlua.probe" }
   for owner, module in pairs(modules) do
     it("cover the module " .. owner, function()
       for name, value in pairs(module) do
