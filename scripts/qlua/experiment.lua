@@ -22,7 +22,7 @@ local function beside(path)
 end
 
 experiment.bundled_model = beside "models/demo"
-experiment.bundled_task = beside "data/demo_test.csv"
+experiment.bundled_task = beside "data/lantern_isles_test.csv"
 
 --- Flags that choose the two models and the questions. A script lists those it has by name.
 experiment.model_options = {
