@@ -8,6 +8,7 @@
 local _ENV <const> = require "qlua.strict"
 
 local failure = require "qlua.failure"
+local json = require "qlua.json"
 
 local value = {}
 
@@ -63,7 +64,8 @@ function value.get(dict, key) return dict.map[key_of(key)] end
 function value.keys(dict)
   if dict.unordered then
     fail("argument", "the order of a mapping's keys (%s, ...) matters here, and a Lua table has none; "
-      .. "build it with jinja.dict{{key, value}, ...}", tostring(dict.keys[1]))
+      .. "build it with jinja.dict{{key, value}, ...} or json.decode(text, {order=true})",
+      tostring(dict.keys[1]))
   end
   return dict.keys
 end
@@ -77,7 +79,23 @@ local function is_sequence(t)
   return n == #t
 end
 
---- What a Lua value is to a template. nil becomes None; an empty table is a list.
+--- The keys of a Lua table in the order to keep: the one that json.decode{order=true} remembered, with at
+--- most one key added since. Without it they are sorted, and it counts as no order.
+local function keys_of(v)
+  local order, listed, keys, rest = (getmetatable(v) or {}).__jsonorder or {}, {}, {}, {}
+  for _, key in ipairs(order) do
+    if v[key] ~= nil then keys[#keys + 1], listed[key] = key, true end
+  end
+  for key in pairs(v) do
+    if type(key) ~= "string" then fail("argument", "a table given to the template mixes list and mapping") end
+    if not listed[key] then rest[#rest + 1] = key end
+  end
+  table.sort(rest)
+  return table.move(rest, 1, #rest, #keys + 1, keys), #rest > 1
+end
+
+--- What a Lua value is to a template. nil becomes None. An empty table is a mapping unless json.array marked
+--- it, as in json.encode.
 function value.from_lua(v, depth)
   depth = depth or 0
   if depth > 64 then fail("argument", "a value is nested more than 64 deep") end
@@ -90,24 +108,17 @@ function value.from_lua(v, depth)
   if kind == "number" or kind == "boolean" or kind == "function" then return v end
   local meta = kind == "table" and getmetatable(v)
   if meta == none_meta or meta == undefined_meta or meta == list_meta or meta == dict_meta then return v end
-  if kind ~= "table" then
-    if v == require("qlua.json").null then return value.none end
-    return fail("argument", "a %s cannot be given to a template", kind)
-  end
-  if v == require("qlua.json").null then return value.none end
-  if is_sequence(v) then
+  if v == json.null then return value.none end
+  if kind ~= "table" then return fail("argument", "a %s cannot be given to a template", kind) end
+  if is_sequence(v) and (v[1] ~= nil or json.is_array(v)) then
     local items = {}
     for i, item in ipairs(v) do items[i] = value.from_lua(item, depth + 1) end
     return value.list(items)
   end
-  local dict, keys = value.dict(), {}
-  for key in pairs(v) do
-    if type(key) ~= "string" then fail("argument", "a table given to the template mixes list and mapping") end
-    keys[#keys + 1] = key
-  end
-  table.sort(keys)
+  local dict = value.dict()
+  local keys, unordered = keys_of(v)
   for _, key in ipairs(keys) do value.set(dict, key, value.from_lua(v[key], depth + 1)) end
-  dict.unordered = #keys > 1 or nil
+  dict.unordered = unordered or nil
   return dict
 end
 

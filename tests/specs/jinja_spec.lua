@@ -62,15 +62,18 @@ describe("jinja's values from Lua", function()
   end)
 
   it("keeps the order that jinja.dict states, and makes none up", function()
-    local ordered = jinja.dict { { "name", "f" }, { "arguments", jinja.dict { { "z", 1 }, { "a", {} } } } }
+    local inner = jinja.dict { { "z", 1 }, { "a", jinja.list {} } }
+    local ordered = jinja.dict { { "name", "f" }, { "arguments", inner } }
     assert.equal('{"name": "f", "arguments": {"z": 1, "a": []}}', render("{{ x | tojson }}", { x = ordered }))
     assert.equal('{"only": 1}', render("{{ x | tojson }}", { x = { only = 1 } }))
+    local text = '{"z": 1, "a": {"y": [], "b": {}, "c": [1.5, null]}}'
+    assert.equal(text, render("{{ x | tojson }}", { x = json.decode(text, { order = true }) }))
     assert.equal("1", render("{{ x.a }}", { x = { a = 1, b = 2 } }))
     for _, source in ipairs {
       "{{ x | tojson }}", "{{ x }}", "{% for k in x %}{% endfor %}", "{{ x.items() }}",
     } do
-      local text, err = render(source, { x = { a = 1, b = 2 } })
-      assert.is_nil(text)
+      local rendered, err = render(source, { x = { a = 1, b = 2 } })
+      assert.is_nil(rendered)
       assert.truthy(err.message:find("jinja.dict", 1, true))
     end
   end)
