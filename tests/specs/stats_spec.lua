@@ -186,10 +186,69 @@ describe("paired answers", function()
   end)
 end)
 
-describe("SciPy's values", function()
-  it("agree", function()
-    local text = read "tests/golden/stats.json"
-    if not text then return pending "skipped: no tests/golden/stats.json" end
-    assert.is_table(require("qlua.json").decode(text))
+describe("SciPy's and statsmodels' values", function()
+  local text = read "tests/golden/stats.json"
+  local golden = text and assert(require("qlua.json").decode(text))
+
+  --- One test over all cases of a kind.
+  local function agree(kind, check)
+    it("agree: " .. kind, function()
+      if not golden then return pending "skipped: no tests/golden/stats.json" end
+      assert.is_true(#golden[kind] > 0)
+      for _, case in ipairs(golden[kind]) do check(case) end
+    end)
+  end
+
+  agree("wilson", function(case)
+    local low, high = stats.wilson(case.k, case.n, case.confidence)
+    near(case.low, low, 1e-11)
+    near(case.high, high, 1e-11)
+  end)
+
+  agree("mcnemar", function(case) near(case.p, stats.mcnemar(case.b, case.c), 1e-11) end)
+
+  agree("holm", function(case)
+    for i, p in ipairs(stats.holm(case.p)) do near(case.adjusted[i], p) end
+  end)
+
+  agree("summary", function(case)
+    local summary = stats.summary(case.values)
+    near(case.mean, summary.mean, 1e-11)
+    near(case.rms, summary.rms, 1e-11)
+    if summary.stderr then
+      near(case.stderr, summary.stderr, 1e-11)
+      near(case.sd, stats.sd(case.values), 1e-11)
+    else
+      assert.equal(1, case.n)
+    end
+    for _, pair in ipairs(case.percentiles) do
+      near(pair[2], stats.percentile(case.values, pair[1]), 1e-11)
+    end
+  end)
+
+  agree("covariance", function(case)
+    near(case.covariance, stats.covariance(case.a, case.b), 1e-11)
+    local differences = {}
+    for i = 1, #case.a do differences[i] = case.b[i] - case.a[i] end
+    near(case.paired_error, stats.stderr(differences), 1e-11)
+  end)
+
+  agree("bootstrap_difference", function(case)
+    local low, high = stats.bootstrap_difference(case.a, case.b, { confidence = case.confidence })
+    assert.is_true(math.abs(low - case.low) <= case.tolerance, case.name)
+    assert.is_true(math.abs(high - case.high) <= case.tolerance, case.name)
+  end)
+
+  agree("questions_needed", function(case)
+    assert.equal(case.rounded,
+      stats.questions_needed(case.right_wrong, case.wrong_right, case.power, case.level))
+  end)
+
+  it("agree: normal", function()
+    if not golden then return pending "skipped: no tests/golden/stats.json" end
+    for _, pair in ipairs(golden.normal.cdf) do near(pair[2], stats.normal_cdf(pair[1]), 1e-12) end
+    for _, pair in ipairs(golden.normal.quantile) do
+      assert.is_true(math.abs(pair[2] - stats.normal_quantile(pair[1])) < 1e-12)
+    end
   end)
 end)
