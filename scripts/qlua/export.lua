@@ -94,8 +94,8 @@ local function sample(o, scored)
     local continuations = o.template and task.chat_continuations or task.continuations
     for c, score in ipairs(scored.scores) do
       entry.arguments["gen_args_" .. c - 1] = { arg_0 = p.prompt, arg_1 = continuations[c] }
-      local pair = { ("%.17g"):format(score), scored.greedy[c] and "True" or "False" }
-      entry.resps[c] = json.array { json.array { json.array { table.unpack(pair) } } }
+      local pair = { json.encode(score + 0.0), scored.greedy[c] and "True" or "False" }
+      entry.resps[c] = json.array { json.array { table.unpack(pair) } }
       entry.filtered_resps[c] = json.array(pair)
     end
   else
