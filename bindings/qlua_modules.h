@@ -6,8 +6,9 @@
 #include <lauxlib.h>
 #include <lua.h>
 
+#include "interrupt.h"
+
 int luaopen_qlua_core(lua_State *L);
-int luaopen_qlua_interrupt(lua_State *L);
 int luaopen_qlua_json(lua_State *L);
 int luaopen_qlua_probe(lua_State *L);
 int luaopen_qlua_sys(lua_State *L);

@@ -140,7 +140,7 @@ static ql_status read_dtype(ql_json_at at, const char *key, ql_dtype fallback, q
 static ql_status read_ids(ql_json_at at, const char *key, int64_t vocab, int64_t *ids, int *count,
                           ql_err *err)
 {
-    const cJSON *node = ql_json_get(at.object, key), *item = node;
+    const cJSON *node = ql_json_get(at.object, key), *item;
     int64_t id;
     int n = 0;
     if (!node) return QL_OK;
