@@ -625,12 +625,17 @@ static int model_reset_peak(lua_State *L)
     return 0;
 }
 
-/* model:_work_bytes(tokens): what a forward pass of `tokens` works in, and a KV slot, in bytes */
+/* model:_work_bytes(tokens, longest, outputs): activations of a forward pass (ql_llama_work_bytes), and a KV
+ * slot, in bytes */
 static int model_work_bytes(lua_State *L)
 {
     const ql_llama *m = qlua_model_check(L, 1);
     const ql_config *c = &m->config;
-    lua_pushinteger(L, (lua_Integer)ql_llama_work_bytes(c, luaL_checkinteger(L, 2)));
+    lua_Integer tokens = luaL_checkinteger(L, 2), longest = luaL_checkinteger(L, 3),
+                outputs = luaL_checkinteger(L, 4);
+    for (int i = 2; i <= 4; i++)
+        luaL_argcheck(L, lua_tointeger(L, i) >= 0 && lua_tointeger(L, i) <= INT32_MAX, i, "out of range");
+    lua_pushinteger(L, (lua_Integer)ql_llama_work_bytes(c, tokens, longest, outputs));
     lua_pushinteger(L, 2 * c->layers * c->kv_heads * c->head_dim * (lua_Integer)sizeof(float));
     return 2;
 }

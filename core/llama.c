@@ -28,13 +28,16 @@ static void work_widths(const ql_config *c, int64_t widths[8])
     memcpy(widths, all, sizeof all);
 }
 
-size_t ql_llama_work_bytes(const ql_config *config, int64_t tokens)
+size_t ql_llama_work_bytes(const ql_config *config, int64_t tokens, int64_t longest, int64_t outputs)
 {
-    int64_t widths[8], sum = 0;
+    int64_t widths[8], sum = 3; /* id, start and position */
     work_widths(config, widths);
     for (int i = 0; i < 8; i++) sum += widths[i];
     if (tokens > QL_LLAMA_CHUNK) tokens = QL_LLAMA_CHUNK;
-    return (size_t)(sum * tokens) * sizeof(float);
+    int64_t head = outputs < tokens ? outputs : tokens; /* rows before and after the last norm, their index */
+    int64_t tables = ql_rope_positions(longest) * (config->head_dim / 2) * 2;
+    return (size_t)(sum * tokens + head * (2 * config->hidden + 1) + tables + outputs * config->vocab) *
+           sizeof(float);
 }
 
 /* Working memory for exactly `tokens` rows: kept between passes of one size, so that decoding does not

@@ -71,8 +71,10 @@ ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql
 ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *batch, const ql_trace *trace,
                            ql_tensor *logits /* [IN OUT] */, ql_err *err);
 
-/* Bytes one forward pass of `tokens` tokens works in, without logits and cache: the analytic expectation. */
-size_t ql_llama_work_bytes(const ql_config *config, int64_t tokens);
+/* The analytic expectation of the activations of one forward pass over `tokens` tokens, the longest row
+ * having `longest`, `outputs` logit rows wanted: working tensors, rotary tables and logits, in bytes, without
+ * cache. */
+size_t ql_llama_work_bytes(const ql_config *config, int64_t tokens, int64_t longest, int64_t outputs);
 /* Tokens that go through the layers together; longer batches are taken in pieces of this size. */
 #define QL_LLAMA_CHUNK 512
 

@@ -43,11 +43,17 @@ ql_status ql_rope_init(const ql_config *config, ql_rope *out, ql_err *err)
     return QL_OK;
 }
 
+int64_t ql_rope_positions(int64_t longest)
+{
+    int64_t positions = 256;
+    while (positions < longest) positions *= 2;
+    return positions;
+}
+
 ql_status ql_rope_reserve(ql_rope *r, ql_device *dev, ql_arena *arena, int64_t positions, ql_err *err)
 {
     if (positions <= r->positions) return QL_OK;
-    int64_t target = r->positions ? r->positions : 256;
-    while (target < positions) target *= 2;
+    int64_t target = ql_rope_positions(positions);
     size_t count = (size_t)(target * r->half);
     float *host = ql_malloc(2 * count * sizeof *host);
     if (!host)

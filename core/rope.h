@@ -19,6 +19,8 @@ typedef struct {
 
 /* Frequencies of `config`, no table yet. Free with ql_rope_free, also after a failure. */
 ql_status ql_rope_init(const ql_config *config, ql_rope *out /* [OUT] */, ql_err *err);
+/* Positions that a table reserved for `longest` has. */
+int64_t ql_rope_positions(int64_t longest);
 /* Make the table hold at least `positions`; doubles, so that decoding does not rebuild it each token. */
 ql_status ql_rope_reserve(ql_rope *r, ql_device *dev, ql_arena *arena, int64_t positions, ql_err *err);
 void ql_rope_free(ql_rope *r);

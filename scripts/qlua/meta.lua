@@ -155,10 +155,12 @@ function model:_quantize(policy) end
 --- Primitive of model:matrices.
 function model:_matrices() end
 
---- Bytes of work memory for `tokens` tokens, and of one cache slot.
+--- Bytes of the activations of a forward pass, and of one cache slot.
 ---@param tokens integer
----@return integer work, integer slot
-function model:_work_bytes(tokens) end
+---@param longest integer  tokens of the longest row
+---@param outputs integer  rows of logits
+---@return integer activations, integer slot
+function model:_work_bytes(tokens, longest, outputs) end
 
 --- A safetensors file or folder of shards.
 ---@class qlua.checkpoint

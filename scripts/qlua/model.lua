@@ -190,16 +190,16 @@ function model:matrices()
   return self:_matrices()
 end
 
---- The analytic expectation in bytes for one forward pass of `rows` rows of `tokens` tokens.
+--- The analytic expectation in bytes of the first forward pass of a model just loaded: `rows` rows of
+--- `tokens` tokens.
 ---@param rows integer
 ---@param tokens integer
 ---@param outputs integer  rows of logits wanted
 ---@return { weights: integer, kv: integer, activations: integer, total: integer }
 function model:expected_memory(rows, tokens, outputs)
-  local work, slot = self:_work_bytes(rows * tokens)
-  local info = primitive_info(self)
-  local result = { weights = info.bytes, kv = rows * tokens * slot,
-    activations = work + 4 * info.vocab * outputs }
+  local activations, slot = self:_work_bytes(rows * tokens, tokens, outputs)
+  local result = { weights = primitive_info(self).bytes, kv = rows * tokens * slot,
+    activations = activations }
   result.total = result.weights + result.kv + result.activations
   return result
 end

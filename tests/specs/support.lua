@@ -198,10 +198,10 @@ function support.run(code, environment)
   return output, ok == true
 end
 
---- A CPU device of two threads that stays open for the whole run.
+--- A CPU device that stays open for the whole run, of two threads where the machine has them.
 ---@return qlua.device
 function support.device()
-  support.shared = support.shared or assert(qlua.device("cpu", { threads = 2 }))
+  support.shared = support.shared or qlua.device("cpu", { threads = 2 }) or assert(qlua.device "cpu")
   return support.shared
 end
 
