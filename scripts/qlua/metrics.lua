@@ -100,7 +100,8 @@ local function check(metric, where)
   if type(metric) ~= "table" then
     return nil, failure("format", ("%s: a metric is a table, not a %s"):format(where, type(metric)))
   end
-  for field, kind in pairs { name = "string", add = "function", value = "function" } do
+  for _, required in ipairs { { "name", "string" }, { "add", "function" }, { "value", "function" } } do
+    local field, kind = table.unpack(required)
     if type(metric[field]) ~= kind then
       return nil, failure("format", ("%s: the metric's field '%s' is a %s, not a %s"):format(where, field,
         type(metric[field]), kind), "see examples/metrics for one that works")
@@ -117,13 +118,20 @@ end
 ---@return qlua.metric[]?, qlua.failure?
 function metrics.load(path)
   local chunk, why = loadfile(path, "t")
-  if not chunk then return nil, failure("not_found", ("cannot load the metric %s"):format(why)) end
+  if not chunk then
+    if not why:find(path, 1, true) then why = path .. ": " .. why end
+    local code = why:find "^cannot open" and "not_found" or "format"
+    return nil, failure(code, ("cannot load the metric: %s"):format(why))
+  end
   local ok, made = pcall(chunk)
   if not ok then return nil, failure("format", ("%s: %s"):format(path, tostring(made))) end
   if type(made) ~= "table" or made.name or #made == 0 then made = { made } end
   local list = {}
   for i, entry in ipairs(made) do
-    if type(entry) == "function" then entry = entry() end
+    if type(entry) == "function" then
+      ok, entry = pcall(entry)
+      if not ok then return nil, failure("format", ("%s: %s"):format(path, tostring(entry))) end
+    end
     local metric, err = check(entry, path)
     if not metric then return nil, err end
     list[i] = metric
@@ -172,10 +180,17 @@ function metrics.summary(list, seed)
         median = stats.median(values), n = #values, higher_is_better = metric.higher_is_better,
         stderr = #values > 1 and stats.stderr(values) or nil, values = values }
     elseif not values then
-      local value = metric:value()
+      local ok, value = pcall(metric.value, metric)
+      if not ok then error(("metric %s: %s"):format(metric.name, tostring(value)), 0) end
+      if value == nil then value = "nothing" end
       if type(value) ~= "table" then value = { [""] = value } end
       local names = {}
-      for name in pairs(value) do names[#names + 1] = name end
+      for name, number in pairs(value) do
+        if type(name) ~= "string" or type(number) ~= "number" then
+          error(("metric %s: value() gives a number or a table of numbers by name"):format(metric.name), 0)
+        end
+        names[#names + 1] = name
+      end
       table.sort(names)
       for _, name in ipairs(names) do
         rows[#rows + 1] = { name = name == "" and metric.name or metric.name .. "." .. name,
