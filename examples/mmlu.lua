@@ -36,29 +36,29 @@ local models = { run.full, run.test }
 local context = run.full:info().max_context
 
 --- One task: tokenize, run both models, gather.
-local function outcome(task, items, evaluator, template, room)
-  local prepared = evaluate.prepare(run.tokenizer, task, items, { max_context = context, template = template,
-    room = room })
-  local bar <close> = run:progress(#items, task.name)
-  local evaluations = run:must(evaluator(prepared, bar))
-  return { task = task, items = items, prepared = prepared, evaluations = evaluations }
+local function outcome(o, evaluator)
+  o.prepared = evaluate.prepare(run.tokenizer, o.task, o.items, { max_context = context,
+    template = o.template })
+  local bar <close> = run:progress(#o.items, o.task.name)
+  o.evaluations = run:must(evaluator(o.prepared, bar))
+  return o
 end
 
 local function by_loglikelihood(items)
   local fewshot = opts.num_fewshot > 0 and run:must(data.read(data.dev_path(items.path))) or nil
   local task = tasks.mmlu { subject = items.subject, fewshot = fewshot, num_fewshot = opts.num_fewshot }
+  local template = opts.apply_chat_template and run:template(opts.apply_chat_template) or nil
   local list = { metrics.kl(), metrics.delta_p() }
   table.move(run.metrics, 1, #run.metrics, #list + 1, list)
-  local result = outcome(task, items, function(prepared, bar)
+  local o = outcome({ task = task, items = items, template = template }, function(prepared, bar)
     return evaluate.loglikelihood(models, prepared, { device = run.device, batch_size = opts.batch_size,
-      progress = bar,
-      each = function(reference, test, p)
+      progress = bar, each = function(reference, test, p)
         metrics.add(list, reference, test, setmetatable({ target = p.target, index = p.index },
           { __index = p.item }))
       end })
-  end, opts.apply_chat_template and run:template(opts.apply_chat_template))
-  result.metrics = metrics.summary(list, opts.seed)
-  return result
+  end)
+  o.metrics = metrics.summary(list, opts.seed)
+  return o
 end
 
 local function by_generation(items)
@@ -67,11 +67,11 @@ local function by_generation(items)
   local template = run:template(opts.apply_chat_template, "optional")
   local generation = { max_new_tokens = opts.max_gen_toks, seed = opts.seed,
     temperature = opts.temperature or task.generation.temperature }
-  return outcome(task, items, function(prepared, bar)
-    return evaluate.generation(models, run.tokenizer, task, prepared, { device = run.device,
-      template = template,
-      batch_size = opts.batch_size, generation = generation, progress = bar })
-  end, template)
+  return outcome({ task = task, items = items, template = template, generation = generation },
+    function(prepared, bar)
+      return evaluate.generation(models, run.tokenizer, task, prepared, { device = run.device, progress = bar,
+        template = template, batch_size = opts.batch_size, generation = generation })
+    end)
 end
 
 local outcomes = {}

@@ -23,6 +23,7 @@ local MAX_BYTES <const> = 256 * 1024 * 1024 -- all of MMLU is 15 MB; more than t
 ---@field [integer] qlua.item
 ---@field subject string    from the file's name
 ---@field path string
+---@field all integer?  questions of the file, where some were left out
 
 local function format_error(path, line, message, hint)
   local where = line and (path .. ":" .. line) or path
@@ -278,7 +279,7 @@ function data.take(items, limit)
   if limit <= 0 then error("limit must be above 0", 2) end
   local n = limit < 1 and math.ceil(#items * limit) or math.floor(limit)
   local taken = table.move(items, 1, math.min(n, #items), 1, {})
-  taken.subject, taken.path = items.subject, items.path
+  taken.subject, taken.path, taken.all = items.subject, items.path, items.all or #items
   return taken
 end
 
@@ -287,7 +288,7 @@ end
 ---@param keep fun(item: qlua.item): boolean
 ---@return qlua.items
 function data.filter(items, keep)
-  local kept = { subject = items.subject, path = items.path }
+  local kept = { subject = items.subject, path = items.path, all = items.all or #items }
   for _, item in ipairs(items) do
     if keep(item) then kept[#kept + 1] = item end
   end

@@ -33,11 +33,31 @@ local function encode_pair(tok, context, continuation, options)
   return head, table.move(whole, #head + 1, #whole, 1, {}), table.move(whole, 1, #whole - 1, 1, {})
 end
 
+local function same(a, b)
+  if #a ~= #b then return false end
+  for i, id in ipairs(a) do
+    if b[i] ~= id then return false end
+  end
+  return true
+end
+
+--- The same for a conversation. Where a message spells a special token, which must stay text, the whole
+--- rendered text may not be encoded at once: then the continuation is encoded by itself.
+local function encode_turn(tok, template, messages, options, rendered, continuation)
+  local head = assert(template:encode(tok, messages, options))
+  local special = { bos = false, special = true }
+  if same(head, assert(tok:encode(rendered, special))) then
+    return encode_pair(tok, rendered, continuation, special)
+  end
+  local tail = assert(tok:encode(continuation, { bos = false }))
+  local row = table.move(head, 1, #head, 1, {})
+  return head, tail, table.move(tail, 1, #tail - 1, #row + 1, row)
+end
+
 ---@class qlua.prepare_options
 ---@field max_context integer
 ---@field bos boolean?            put the tokenizer's own tokens in front (default true)
 ---@field template table?         chat template (qlua.chat); nil: the plain prompt
----@field room integer?           tokens to leave for the answer (generation): at least one
 
 --- Tokenizes the questions of a task, once for both models.
 ---@param tok qlua.tokenizer
@@ -51,15 +71,21 @@ function evaluate.prepare(tok, task, items, options)
   for index, item in ipairs(items) do
     local p = { item = item, index = index }
     if task.kind == "loglikelihood" then
-      local encoding, continuations = plain, task.continuations
       p.prompt = task:prompt(item)
+      local continuations = task.continuations
       if options.template then
         p.prompt = assert(options.template:render(task:messages(item), task.chat))
-        encoding, continuations = { bos = false, special = true }, task.chat_continuations
+        continuations = task.chat_continuations
       end
       p.choices, p.tokens = {}, 0
       for i, continuation in ipairs(continuations) do
-        local head, tail, row = encode_pair(tok, p.prompt, continuation, encoding)
+        local head, tail, row
+        if options.template then
+          head, tail, row = encode_turn(tok, options.template, task:messages(item), task.chat, p.prompt,
+            continuation)
+        else
+          head, tail, row = encode_pair(tok, p.prompt, continuation, plain)
+        end
         p.context = head
         p.choices[i] = { row = row, continuation = tail }
         p.tokens = math.max(p.tokens, #row + 1)
@@ -75,7 +101,7 @@ function evaluate.prepare(tok, task, items, options)
         p.context = assert(tok:encode(p.prompt, plain))
       end
       p.tokens = #p.context
-      p.too_long = p.tokens + (options.room or 1) > options.max_context
+      p.too_long = p.tokens + 1 > options.max_context
     end
     list[index] = p
   end

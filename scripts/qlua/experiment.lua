@@ -6,6 +6,7 @@
 ---
 --- A failure of the outside world ends the script with one line and exit code 1 (qlua.cli.fail).
 
+local chat = require "qlua.chat"
 local cli = require "qlua.cli"
 local data = require "qlua.data"
 local metrics = require "qlua.metrics"
@@ -102,7 +103,6 @@ function experiment.open(name, opts, needs)
     for i, path in ipairs(opts.tasks) do
       local items = self:must(data.read(path))
       self.tasks[i] = data.take(items, opts.limit)
-      self.tasks[i].all = #items
     end
     self.items = self.tasks[1]
   end
@@ -122,6 +122,17 @@ function experiment.open(name, opts, needs)
     self.labels = { "full", self.test:info().quant.label }
   end
   return self
+end
+
+--- The chat template of the full model; `name` is --apply_chat_template's value. With `optional`, a model
+--- that has none gives nil unless the flag asked for one.
+---@param name string|boolean|nil
+---@param optional? "optional"
+---@return qlua.chat_template?
+function run:template(name, optional)
+  local template, err = chat.load(self.full:info().folder, name)
+  if not template and optional and not name and err.code == "not_found" then return nil end
+  return self:must(template, err)
 end
 
 --- A progress line on stderr.

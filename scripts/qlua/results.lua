@@ -22,7 +22,9 @@ local function accounted(total, scored, too_long, context, all)
   local parts = { plural(total, "question"), scored .. " scored" }
   if too_long > 0 then parts[#parts + 1] = ("%d longer than the %d-token context"):format(too_long,
     context) end
-  if all and all > total then parts[#parts + 1] = ("%d left out by --limit"):format(all - total) end
+  if all and all > total then
+    parts[#parts + 1] = ("%d of the file's %d left out"):format(all - total, all)
+  end
   return table.concat(parts, ", ")
 end
 
