@@ -38,14 +38,16 @@ __attribute__((unused)) static int remove_temp(void **state)
     return nftw(temp_root, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
 }
 
-/* temp_root/name; valid until the eighth call after. */
+/* temp_root/name, valid throughout the test: the same name gives the same text. */
 __attribute__((unused)) static const char *temp_path(const char *name)
 {
-    static char paths[8][512];
-    static int turn;
-    char *path = paths[turn++ % 8];
-    snprintf(path, sizeof paths[0], "%s/%s", temp_root, name);
-    return path;
+    static char paths[64][256];
+    char path[sizeof paths[0]];
+    snprintf(path, sizeof path, "%s/%s", temp_root, name);
+    size_t i = 0;
+    while (i < 64 && paths[i][0] && strcmp(paths[i], path)) i++;
+    assert_true(i < 64);
+    return strcpy(paths[i], path);
 }
 
 __attribute__((unused)) static const char *write_temp(const char *name, const void *data, size_t size)
