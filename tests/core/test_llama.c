@@ -1,0 +1,350 @@
+/* The forward pass over its cache: in pieces as at once, in company as alone, and after every failure as
+ * before. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "generate.h"
+#include "mem.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MODELS QLUA_SOURCE_DIR "/tests/golden/models/"
+
+enum { VOCAB = 64, TOKENS = 37 };
+
+static ql_device *dev;
+
+static int setup(void **state)
+{
+    (void)state;
+    return ql_device_open("cpu", 1, &dev, NULL);
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    ql_device_release(dev);
+    return 0;
+}
+
+static bool nf4(void *ud, const char *name, int64_t n, int64_t k, ql_quant_spec *spec, ql_err *err)
+{
+    (void)n;
+    (void)k;
+    const bool *with_double = ud;
+    if (strcmp(name, "lm_head") == 0 || ql_quant_spec_init("nf4", spec, err) != QL_OK) return false;
+    spec->double_quant = *with_double;
+    return true;
+}
+
+static const ql_config shape = {.architecture = "LlamaForCausalLM",
+                                .hidden = 48,
+                                .intermediate = 80,
+                                .layers = 2,
+                                .heads = 6,
+                                .kv_heads = 2,
+                                .head_dim = 8,
+                                .vocab = VOCAB,
+                                .max_positions = 64,
+                                .rms_eps = 1e-5,
+                                .rope = {.type = QL_ROPE_NONE, .theta = 10000, .factor = 1},
+                                .bos = -1};
+
+static ql_llama *make(ql_dtype dtype, bool quantized)
+{
+    bool with_double = true;
+    ql_llama *m;
+    ql_err err;
+    assert_int_equal(ql_llama_random(dev, &shape, dtype, 5, quantized ? nf4 : NULL, &with_double, &m, &err),
+                     QL_OK);
+    return m;
+}
+
+static void draw(int32_t *ids, int n, uint32_t seed)
+{
+    for (int i = 0; i < n; i++) {
+        seed = seed * 1664525u + 1013904223u;
+        ids[i] = (int32_t)(seed >> 16) % VOCAB;
+    }
+}
+
+static ql_kvcache cache_for(ql_llama *m, int sequences, int32_t capacity)
+{
+    int32_t all[8];
+    ql_kvcache cache;
+    ql_err err;
+    for (int i = 0; i < sequences; i++) all[i] = capacity;
+    assert_int_equal(ql_llama_cache(m, sequences, all, &cache, &err), QL_OK);
+    return cache;
+}
+
+/* Logits of all of ids [n] in one pass: out [n, VOCAB]. */
+static void whole(ql_llama *m, const int32_t *ids, int32_t n, float *out)
+{
+    ql_kvcache cache = cache_for(m, 1, n);
+    ql_tensor logits = {0};
+    ql_err err;
+    ql_batch batch = {1, ids, &n, &n, NULL};
+    assert_int_equal(ql_llama_forward(m, &cache, &batch, NULL, &logits, &err), QL_OK);
+    assert_int_equal(cache.length[0], n);
+    memcpy(out, logits.data, (size_t)n * VOCAB * sizeof *out);
+    ql_tensor_free(&logits);
+    ql_kvcache_free(&cache);
+}
+
+static void in_pieces(ql_llama *m)
+{
+    static const int32_t steps[] = {1, 2, 3, 7, 16, 36};
+    int32_t ids[TOKENS];
+    static float expected[TOKENS * VOCAB];
+    draw(ids, TOKENS, 1);
+    whole(m, ids, TOKENS, expected);
+    for (size_t s = 0; s < sizeof steps / sizeof *steps; s++) {
+        ql_kvcache cache = cache_for(m, 1, TOKENS + 3);
+        ql_tensor logits = {0};
+        ql_err err;
+        for (int32_t at = 0; at < TOKENS; at += steps[s]) {
+            int32_t n = TOKENS - at < steps[s] ? TOKENS - at : steps[s];
+            ql_batch batch = {1, ids + at, &n, &n, NULL};
+            assert_int_equal(ql_llama_forward(m, &cache, &batch, NULL, &logits, &err), QL_OK);
+            assert_memory_equal(logits.data, expected + at * VOCAB, (size_t)n * VOCAB * sizeof(float));
+        }
+        assert_int_equal(cache.length[0], TOKENS);
+        ql_tensor_free(&logits);
+        ql_kvcache_free(&cache);
+    }
+}
+
+static void pieces_give_the_bits_of_the_whole(void **state)
+{
+    (void)state;
+    static const ql_dtype dtypes[] = {QL_F32, QL_F16, QL_BF16};
+    for (int i = 0; i < 3; i++) {
+        for (int quantized = 0; quantized < 2; quantized++) {
+            ql_llama *m = make(dtypes[i], quantized);
+            in_pieces(m);
+            ql_llama_free(m);
+        }
+    }
+}
+
+/* Four sequences at different places: one starts while another decodes and a third is fed five tokens. */
+static void sequences_do_not_meet(void **state)
+{
+    (void)state;
+    ql_llama *m = make(QL_BF16, true);
+    static float expected[4][TOKENS * VOCAB];
+    int32_t ids[4][TOKENS], fed[4] = {0};
+    for (int i = 0; i < 4; i++) {
+        draw(ids[i], TOKENS, (uint32_t)i + 7);
+        whole(m, ids[i], TOKENS, expected[i]);
+    }
+    ql_kvcache cache = cache_for(m, 4, TOKENS);
+    ql_tensor logits = {0};
+    ql_err err;
+    uint32_t seed = 3;
+    for (int round = 0; round < 60; round++) {
+        int32_t packed[4 * 5], lengths[4], outputs[4], seq[4];
+        int rows = 0, at = 0;
+        for (int k = 0; k < 4; k++) {
+            int i = (k + round) % 4;
+            seed = seed * 1664525u + 1013904223u;
+            int32_t n = (int32_t)(seed >> 20) % 6, left = TOKENS - fed[i];
+            if (n > left) n = left;
+            if (n == 0) continue;
+            memcpy(packed + at, ids[i] + fed[i], (size_t)n * sizeof *packed);
+            at += n;
+            seq[rows] = i;
+            lengths[rows] = n;
+            outputs[rows++] = (int32_t)(seed >> 8) % (n + 1);
+        }
+        if (rows == 0) continue;
+        ql_batch batch = {rows, packed, lengths, outputs, seq};
+        assert_int_equal(ql_llama_forward(m, &cache, &batch, NULL, &logits, &err), QL_OK);
+        const float *got = logits.data;
+        for (int r = 0; r < rows; r++) {
+            fed[seq[r]] += lengths[r];
+            assert_int_equal(cache.length[seq[r]], fed[seq[r]]);
+            const float *want = expected[seq[r]] + (fed[seq[r]] - outputs[r]) * VOCAB;
+            assert_memory_equal(got, want, (size_t)outputs[r] * VOCAB * sizeof(float));
+            got += outputs[r] * VOCAB;
+        }
+    }
+    for (int i = 0; i < 4; i++) assert_int_equal(fed[i], TOKENS);
+    ql_tensor_free(&logits);
+    ql_kvcache_free(&cache);
+    ql_llama_free(m);
+}
+
+static void refusals_leave_the_cache_alone(void **state)
+{
+    (void)state;
+    ql_llama *m = make(QL_F32, false);
+    ql_kvcache cache = cache_for(m, 2, 10);
+    ql_tensor logits = {0};
+    ql_err err;
+    int32_t ids[32], five = 5, one = 1;
+    draw(ids, 32, 9);
+    ql_batch good = {1, ids, &five, &one, NULL};
+    assert_int_equal(ql_llama_forward(m, &cache, &good, NULL, &logits, &err), QL_OK);
+
+    const struct {
+        int rows;
+        int32_t lengths[2], outputs[2], seq[2], first_id;
+        const char *says;
+    } cases[] = {
+        {0, {1, 1}, {1, 1}, {0, 1}, 1, "empty batch"},
+        {1, {0, 1}, {0, 1}, {0, 1}, 1, "row 1 has no tokens"},
+        {2, {1, -3}, {1, 1}, {0, 1}, 1, "row 2 has no tokens"},
+        {1, {2, 1}, {3, 1}, {0, 1}, 1, "asks for 3 logits of 2"},
+        {1, {2, 1}, {-1, 1}, {0, 1}, 1, "asks for -1"},
+        {1, {2, 1}, {1, 1}, {2, 1}, 1, "sequence 3 of a cache of 2"},
+        {1, {2, 1}, {1, 1}, {-1, 1}, 1, "sequence 0"},
+        {1, {6, 1}, {1, 1}, {0, 1}, 1, "needs 11 cache slots"},
+        {2, {1, 2}, {1, 1}, {0, 1}, VOCAB, "token id 64"},
+        {2, {1, 2}, {1, 1}, {0, 1}, -1, "token id -1"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        ids[0] = cases[i].first_id;
+        ql_batch batch = {cases[i].rows, ids, cases[i].lengths, cases[i].outputs, cases[i].seq};
+        assert_int_equal(ql_llama_forward(m, &cache, &batch, NULL, &logits, &err), QL_ERR_ARG);
+        assert_non_null(strstr(err.message, cases[i].says));
+        assert_null(logits.storage);
+        assert_int_equal(cache.length[0], 5);
+        assert_int_equal(cache.length[1], 0);
+    }
+    ql_kvcache_free(&cache);
+    ql_llama_free(m);
+}
+
+/* --- allocations that fail -------------------------------------------------------------------------------
+ */
+
+typedef ql_status (*attempt)(void *ud, ql_err *err);
+
+/* Let every allocation of `fn` fail once, then all from it on: out of memory is said, nothing leaks (the
+ * sanitizer looks), and then it works. */
+static void survives(attempt fn, void *ud)
+{
+    for (int persistent = 0; persistent < 2; persistent++) {
+        for (long n = 0;; n++) {
+            ql_err err = {0};
+            ql_mem_fail_after(n, persistent);
+            ql_status status = fn(ud, &err);
+            ql_mem_fail_after(-1, false);
+            if (status == QL_OK) {
+                assert_true(n > 3);
+                break;
+            }
+            assert_int_equal(status, QL_ERR_MEMORY);
+            assert_int_equal(err.code, QL_ERR_MEMORY);
+            assert_true(strlen(err.message) > 0);
+            assert_true(n < 5000);
+        }
+    }
+}
+
+static ql_status try_load(void *ud, ql_err *err)
+{
+    ql_llama *m;
+    ql_load_options options = {.dtype = QL_DTYPE_COUNT};
+    ql_status status = ql_llama_load(dev, ud, &options, &m, err);
+    assert_true((status == QL_OK) == (m != NULL));
+    ql_llama_free(m);
+    return status;
+}
+
+static ql_status try_quantize(void *ud, ql_err *err)
+{
+    bool with_double = true;
+    ql_llama *twin;
+    ql_status status = ql_llama_quantize(ud, nf4, &with_double, &twin, err);
+    assert_true((status == QL_OK) == (twin != NULL));
+    ql_llama_free(twin);
+    return status;
+}
+
+static ql_status try_random(void *ud, ql_err *err)
+{
+    (void)ud;
+    bool with_double = true;
+    ql_llama *m;
+    ql_status status = ql_llama_random(dev, &shape, QL_BF16, 1, nf4, &with_double, &m, err);
+    assert_true((status == QL_OK) == (m != NULL));
+    ql_llama_free(m);
+    return status;
+}
+
+static ql_status try_forward(void *ud, ql_err *err)
+{
+    ql_llama *m = ud;
+    ql_kvcache cache;
+    ql_tensor logits = {0};
+    int32_t ids[12], lengths[2] = {5, 7}, outputs[2] = {1, 7};
+    draw(ids, 12, 2);
+    ql_status status = ql_llama_cache(m, 2, lengths, &cache, err);
+    if (status != QL_OK) return status;
+    ql_batch batch = {2, ids, lengths, outputs, NULL};
+    status = ql_llama_forward(m, &cache, &batch, NULL, &logits, err);
+    assert_true((status == QL_OK) == (logits.storage != NULL));
+    assert_int_equal(cache.length[1], status == QL_OK ? 7 : 0);
+    ql_tensor_free(&logits);
+    ql_kvcache_free(&cache);
+    return status;
+}
+
+static ql_status try_generate(void *ud, ql_err *err)
+{
+    int32_t a[4], b[2];
+    draw(a, 4, 3);
+    draw(b, 2, 4);
+    const int32_t *prompts[] = {a, b};
+    const int32_t lengths[] = {4, 2};
+    ql_generate_options options = {.max_new_tokens = 3, .sampling = {.temperature = 1, .top_p = 0.9}};
+    ql_generated g;
+    ql_status status = ql_generate(ud, 2, prompts, lengths, NULL, &options, &g, err);
+    if (status == QL_OK)
+        assert_true(g.rows == 2 && g.counts[0] == 3 && g.counts[1] == 3);
+    else
+        assert_null(g.ids);
+    ql_generated_free(&g);
+    return status;
+}
+
+static void allocations_may_fail(void **state)
+{
+    (void)state;
+    survives(try_load, (void *)(uintptr_t)(MODELS "nf4_double"));
+    survives(try_load, (void *)(uintptr_t)(MODELS "sharded_f32"));
+    survives(try_random, NULL);
+    ql_llama *m = make(QL_F16, false);
+    survives(try_quantize, m);
+    static float before[12 * VOCAB], after[12 * VOCAB];
+    int32_t ids[12];
+    draw(ids, 12, 6);
+    whole(m, ids, 12, before);
+    ql_llama *fresh = make(QL_F16, false);
+    survives(try_forward, fresh);
+    survives(try_generate, fresh);
+    whole(fresh, ids, 12, after);
+    assert_memory_equal(before, after, sizeof before);
+    ql_llama_free(m);
+    ql_llama_free(fresh);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(pieces_give_the_bits_of_the_whole),
+        cmocka_unit_test(sequences_do_not_meet),
+        cmocka_unit_test(refusals_leave_the_cache_alone),
+        cmocka_unit_test(allocations_may_fail),
+    };
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
