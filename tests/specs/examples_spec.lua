@@ -160,6 +160,34 @@ describe("bad input", function()
   end)
 end)
 
+describe("out of memory", function()
+  --- Runs an example with at most `kib` of address space.
+  local function limited(kib, ...)
+    local words = { ("ulimit -v %d && exec"):format(kib), quote(os.getenv "QLUA" or QLUA) }
+    for _, word in ipairs { ... } do words[#words + 1] = quote(word) end
+    local pipe <close> = assert(io.popen(("bash -c %s 2>&1"):format(quote(table.concat(words, " ")))))
+    return pipe:read "a"
+  end
+
+  it("ends a batch, not the sweep", function()
+    if os.getenv "UBSAN_OPTIONS" then return pending "skipped: sanitizers reserve address space" end
+    local out = limited(200000, "examples/batch_sweep.lua", "--batch_sizes", "1,512,2", "--runs", "2",
+      "--output_path", folder .. "/results")
+    assert.truthy(out:find("OOM at batch 512, full: out of memory: %d+ bytes"), out)
+    local file <close> = assert(io.open(files(folder .. "/results")[1]))
+    local points = assert(json.decode(file:read "a")).points
+    assert.equal(6, #points)
+    assert.truthy(points[3].oom and points[4].oom)
+    assert.truthy(points[5].seconds and points[6].seconds)
+  end)
+
+  it("is said with the bytes that were asked for", function()
+    if os.getenv "UBSAN_OPTIONS" then return pending "skipped: sanitizers reserve address space" end
+    local out = limited(1000000, "-e", "print(require'qlua'.load_synthetic('llama-3.2-1b'))")
+    assert.truthy(out:find("^nil%s+out of memory: %d+ bytes"), out)
+  end)
+end)
+
 describe("a user's metric", function()
   it("stands in the table and in the JSON like the built-in ones", function()
     local out, err, code = run("jaccard", "--limit", "5", "--metric", "examples/metrics/rank.lua",
