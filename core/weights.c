@@ -1,5 +1,6 @@
 #include "weights.h"
 
+#include "interrupt.h"
 #include "mem.h"
 #include "ops.h"
 
@@ -107,8 +108,15 @@ static ql_status load_vector(loader *l, const char *name, int64_t n, ql_tensor *
     return load_tensor(l, name, 1, &n, QL_F32, out, stored, err);
 }
 
+/* Between two matrices the user may stop the work. */
+static ql_status poll(ql_err *err)
+{
+    return ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted") : QL_OK;
+}
+
 static ql_status load_matrix(loader *l, const char *name, int64_t n, int64_t k, ql_matrix *out, ql_err *err)
 {
+    TRY(poll(err));
     if (ql_checkpoint_is_quantized(l->ck, name)) {
         TRY(ql_quant_load(l->ck, name, l->dev, l->arena, out, err));
         if (out->n == n && out->k == k) return QL_OK;
@@ -283,6 +291,7 @@ static ql_status random_dense(ql_device *dev, ql_arena *arena, int64_t n, int64_
 static ql_status apply_policy(const ql_matrix *dense, const char *name, ql_arena *arena,
                               ql_quant_policy policy, void *ud, ql_matrix *out, ql_err *err)
 {
+    TRY(poll(err));
     ql_quant_spec spec;
     ql_err asked = {.code = QL_OK};
     bool wanted = policy && policy(ud, name, dense->n, dense->k, &spec, &asked);

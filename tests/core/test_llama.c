@@ -8,6 +8,7 @@
 #include <cmocka.h>
 
 #include "generate.h"
+#include "interrupt.h"
 #include "mem.h"
 
 #include <stdio.h>
@@ -338,6 +339,22 @@ static void allocations_may_fail(void **state)
     ql_llama_free(fresh);
 }
 
+static void the_user_may_stop_each(void **state)
+{
+    (void)state;
+    ql_llama *m = make(QL_BF16, false);
+    const attempt tries[] = {try_load, try_random, try_quantize, try_forward, try_generate};
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        void *ud = tries[i] == try_load ? (void *)(uintptr_t)(MODELS "llama3_bf16") : (void *)m;
+        ql_err err = {0};
+        ql_interrupt_set();
+        assert_int_equal(tries[i](ud, &err), QL_ERR_INTERRUPTED);
+        ql_interrupt_clear();
+        assert_int_equal(tries[i](ud, &err), QL_OK);
+    }
+    ql_llama_free(m);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -345,6 +362,7 @@ int main(void)
         cmocka_unit_test(sequences_do_not_meet),
         cmocka_unit_test(refusals_leave_the_cache_alone),
         cmocka_unit_test(allocations_may_fail),
+        cmocka_unit_test(the_user_may_stop_each),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
