@@ -113,8 +113,10 @@ static ql_status read_integers(header_pass *pass, const ql_json_token *name, con
     *count = 0;
     ql_status status = next(pass, &token, err);
     if (status) return status;
-    snprintf(what, sizeof what, "%s is not an array", field);
-    if (token.kind != QL_JSON_ARRAY) return bad(pass->st, name->text, name->size, what, err);
+    if (token.kind != QL_JSON_ARRAY) {
+        snprintf(what, sizeof what, "%s is not an array", field);
+        return bad(pass->st, name->text, name->size, what, err);
+    }
     for (;;) {
         status = next(pass, &token, err);
         if (status) return status;
@@ -196,8 +198,8 @@ static ql_status read_tensor(header_pass *pass, const ql_json_token *name, ql_st
                     : token_is(&token, "shape")        ? SHAPE
                     : token_is(&token, "data_offsets") ? OFFSETS
                                                        : 0;
-        ql_json_shown(token.text, token.size, text);
         if (!field || seen & field) {
+            ql_json_shown(token.text, token.size, text);
             snprintf(what, sizeof what, field ? "field \"%s\" is given twice" : "unknown field \"%s\"", text);
             return bad(st, name->text, name->size, what, err);
         }
@@ -230,18 +232,19 @@ static ql_status read_metadata(header_pass *pass, ql_err *err)
         status = next(pass, &token, err);
         if (status) return status;
         if (token.kind == QL_JSON_OBJECT_END) return QL_OK;
-        ql_json_shown(token.text, token.size, text);
         status = next(pass, &value, err);
         if (status) return status;
         if (value.kind != QL_JSON_STRING)
-            return ql_err_set(err, QL_ERR_FORMAT, "%s: __metadata__.%s is not a string", path, text);
+            return ql_err_set(err, QL_ERR_FORMAT, "%s: __metadata__.%s is not a string", path,
+                              ql_json_shown(token.text, token.size, text));
         if (token.has_nul) return ql_err_set(err, QL_ERR_FORMAT, "%s: __metadata__ has a key with NUL", path);
         if (!pass->fill) continue;
         const char *base = pass->st->header, *key = settle(pass, &token);
         size_t i = (size_t)ql_hash(pass->st->hash_key, key, strlen(key)) & pass->mask;
         while (pass->slots[i] && strcmp(base + pass->slots[i] - 1, key)) i = (i + 1) & pass->mask;
         if (pass->slots[i])
-            return ql_err_set(err, QL_ERR_FORMAT, "%s: __metadata__.%s is given twice", path, text);
+            return ql_err_set(err, QL_ERR_FORMAT, "%s: __metadata__.%s is given twice", path,
+                              ql_json_shown(key, strlen(key), text));
         pass->slots[i] = (uint32_t)(key - base) + 1;
     }
 }
