@@ -12,6 +12,7 @@ local data = require "qlua.data"
 local metrics = require "qlua.metrics"
 local progress = require "qlua.progress"
 local qlua = require "qlua"
+local sys = require "qlua.sys"
 local table_text = require "qlua.table"
 
 local experiment = {}
@@ -96,7 +97,8 @@ run.__close = run.close
 ---@return qlua.experiment
 function experiment.open(name, opts, needs)
   needs = needs or {}
-  local self = setmetatable({ name = name, opts = opts, date = os.time() }, run)
+  local self = setmetatable({ name = name, opts = opts, date = os.time(),
+    stdout_is_terminal = sys.isatty(1) }, run)
   self.metrics = self:must(metrics.load_all(opts.metric))
   if opts.tasks then
     self.tasks = {}

@@ -15,6 +15,11 @@ local function bounded(value, low, high, format)
   return tables.interval(value, low, high, format)
 end
 
+--- Four digits behind the point, or three that count where those would be zeros.
+local function format_of(value)
+  return value and value ~= 0 and math.abs(value) < 0.01 and "%.2e" or "%.4f"
+end
+
 local function plural(n, word) return ("%d %s%s"):format(n, word, n == 1 and "" or "s") end
 
 --- How many questions there were and what became of those that have no score.
@@ -48,9 +53,9 @@ function results.metrics(run, r)
     { "full v full", align = "right" } }
   for _, row in ipairs(r.pair) do
     local same = control[row.name]
-    t:add(row.name, bounded(row.value, row.low, row.high, "%.4f"),
-      row.median and ("%.4f"):format(row.median) or "-",
-      same and ("%.4f"):format(same.value) or "-")
+    t:add(row.name, bounded(row.value, row.low, row.high, format_of(row.value)),
+      row.median and format_of(row.median):format(row.median) or "-",
+      same and format_of(same.value):format(same.value) or "-")
   end
   say(t:text { bold = tables.bold_allowed(run.stdout_is_terminal) })
   say(("\n%s v %s; full v full is the same model in another batch size: what it shows is noise.\n"):format(
@@ -168,8 +173,8 @@ function results.mmlu(run, outcomes)
     o.flips, o.comparison, comparisons[i] = flips, comparison, comparison
     if flips then paired_lines(run, o, comparison, flips) end
     for _, row in ipairs(o.metrics or {}) do
-      say(("  %s %s%s\n"):format(row.name, bounded(row.value, row.low, row.high, "%.4f"),
-        row.median and (", median %.4f"):format(row.median) or ""))
+      say(("  %s %s%s\n"):format(row.name, bounded(row.value, row.low, row.high, format_of(row.value)),
+        row.median and (", median " .. format_of(row.median)):format(row.median) or ""))
     end
   end
   holm_lines(outcomes, comparisons)
