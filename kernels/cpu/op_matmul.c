@@ -11,11 +11,11 @@
 enum {
     R = V16_TILE_ROWS,
     C = V16_TILE_COLS,
-    DR = V16_DIRECT_ROWS,
+    MOST_ROWS = V16_DIRECT_ROWS(1),
     STRIP = 16 * R,           /* most weight rows decoded at a time: a multiple of 16 and of R */
     STRIP_BYTES = 384 * 1024, /* of decoded weights, unless one group of R rows is larger */
     PIECE = 512,              /* inputs a piece: R * 512 * 4 bytes of weights, C * 512 * 4 of activations */
-    PREFETCH = 2,             /* groups of rows ahead */
+    AHEAD = 8192,             /* bytes, at least, that decode prefetches ahead */
 };
 
 /* Folds `rows` <= 16 accumulators of 16 lanes into outputs y[0 .. rows). */
@@ -33,27 +33,37 @@ QK_INLINE void finish(const float *acc, const float *bias, bool add, float *y, i
     v16_store_n(y, s, rows);
 }
 
+/* The rows of a group are read side by side, in streams that end every few KiB. Prefetching the next group in
+ * order of address, to the second-level cache, keeps memory reading one long stream: 18 to 27 GB/s on a Zen 4
+ * core with bfloat16 rows of 4 KiB, where plain reading gives 33. */
+QK_INLINE const char *prefetch_start(const qk_matrix *w, int64_t n, int rows, int64_t row_bytes)
+{
+    int64_t group = rows * row_bytes;
+    return (const char *)w->data + n * row_bytes + (group > AHEAD ? group : AHEAD);
+}
+
 /* Decode: DR dense rows from row `n` against M activation rows. `last` is the last row there is: a group that
  * would pass it repeats it. acc [M][16][16], written at rows [at, at + DR). */
 QK_INLINE void direct_dense(const qk_matrix *w, qk_format format, int M, int64_t n, int64_t last,
                             const float *x, float *acc, int at)
 {
+    const int DR = V16_DIRECT_ROWS(M);
     const int64_t k = w->k, size = format == QK_F32 ? 4 : 2;
-    const char *row[DR];
-    v16 sum[DR][V16_DIRECT_COLS];
+    const char *row[MOST_ROWS];
+    v16 sum[MOST_ROWS][V16_DIRECT_COLS];
     QK_UNROLL for (int r = 0; r < DR; r++)
     {
         int64_t index = n + r < last ? n + r : last;
         row[r] = (const char *)w->data + index * k * size;
         QK_UNROLL for (int m = 0; m < M; m++) sum[r][m] = v16_zero();
     }
-    const int64_t ahead = PREFETCH * DR * k * size;
+    const char *next = prefetch_start(w, n, DR, k * size);
     int64_t i = 0;
-    for (; i + 16 <= k; i += 16) {
-        v16 v[DR];
+    for (; i + 16 <= k; i += 16, next += DR * 16 * size) {
+        QK_UNROLL for (int b = 0; b < DR * 16 * size; b += 64) __builtin_prefetch(next + b, 0, 2);
+        v16 v[MOST_ROWS];
         QK_UNROLL for (int r = 0; r < DR; r++)
         {
-            __builtin_prefetch(row[r] + i * size + ahead, 0, 3);
             v[r] = v16_load_as(format, row[r], i);
         }
         QK_UNROLL for (int m = 0; m < M; m++)
@@ -87,33 +97,56 @@ static int64_t aligned_run(const qk_matrix *w)
     return power < w->block ? power : w->block;
 }
 
-/* The same for 4-bit rows, when k is a multiple of 16. */
-QK_INLINE void direct_4bit(const qk_matrix *w, int M, int64_t n, int64_t last, const float *x, float *acc,
-                           int at)
+QK_INLINE v16 lut4(const uint8_t *p, v16 lut, bool vbmi)
 {
+#ifdef V16_HAS_VBMI
+    if (vbmi) return v16_lut4_vbmi(p, lut);
+#endif
+    (void)vbmi;
+    return v16_lut4(p, lut);
+}
+
+/* Code book and the scales of rows [n0, n1) are finite: known before the loop, rounding takes two operations
+ * less. */
+static bool is_finite(const qk_matrix *w, int64_t n0, int64_t n1)
+{
+    const int64_t b0 = n0 * w->k / w->block, b1 = (n1 * w->k + w->block - 1) / w->block;
+    const v16 zero = v16_zero();
+    v16 sum = v16_mul(v16_load(w->code), zero); /* NaN from a NaN or an infinity */
+    int64_t b = b0;
+    for (; b + 16 <= b1; b += 16) sum = v16_fma(v16_load(w->absmax + b), zero, sum);
+    if (b < b1) sum = v16_fma(v16_load_n(w->absmax + b, (int)(b1 - b)), zero, sum);
+    return v16_hsum(sum) == 0;
+}
+
+/* The same for 4-bit rows, when k is a multiple of 16. */
+QK_INLINE void direct_4bit(const qk_matrix *w, bool vbmi, bool finite, int M, int64_t n, int64_t last,
+                           const float *x, float *acc, int at)
+{
+    const int DR = V16_DIRECT_ROWS(M);
     const int64_t k = w->k, run = aligned_run(w);
     const int shift = __builtin_ctz((unsigned)w->block);
     const v16 code = v16_load(w->code);
-    int64_t first[DR]; /* flattened index of the row */
-    const uint8_t *row[DR];
-    v16 sum[DR][V16_DIRECT_COLS];
+    int64_t first[MOST_ROWS]; /* flattened index of the row */
+    const uint8_t *row[MOST_ROWS];
+    v16 sum[MOST_ROWS][V16_DIRECT_COLS];
     QK_UNROLL for (int r = 0; r < DR; r++)
     {
         first[r] = (n + r < last ? n + r : last) * k;
         row[r] = (const uint8_t *)w->data + first[r] / 2;
         QK_UNROLL for (int m = 0; m < M; m++) sum[r][m] = v16_zero();
     }
-    const int64_t ahead = PREFETCH * DR * k / 2;
+    const char *next = prefetch_start(w, n, DR, k / 2);
     for (int64_t i = 0; i < k; i += run) {
-        v16 lut[DR];
+        v16 lut[MOST_ROWS];
         QK_UNROLL for (int r = 0; r < DR; r++)
         {
-            __builtin_prefetch(row[r] + i / 2 + ahead, 0, 3);
-            lut[r] = qk_block_lut(w, code, (first[r] + i) >> shift);
+            lut[r] = qk_block_lut(w, code, (first[r] + i) >> shift, finite);
         }
-        for (int64_t j = i; j < i + run; j += 16) {
-            v16 v[DR];
-            QK_UNROLL for (int r = 0; r < DR; r++) v[r] = v16_lut4(row[r] + j / 2, lut[r]);
+        for (int64_t j = i; j < i + run; j += 16, next += DR * 8) {
+            v16 v[MOST_ROWS];
+            if (j % (128 / DR) == 0) __builtin_prefetch(next, 0, 2);
+            QK_UNROLL for (int r = 0; r < DR; r++) v[r] = lut4(row[r] + j / 2, lut[r], vbmi);
             QK_UNROLL for (int m = 0; m < M; m++)
             {
                 v16 a = v16_load(x + m * k + j);
@@ -127,15 +160,16 @@ QK_INLINE void direct_4bit(const qk_matrix *w, int M, int64_t n, int64_t last, c
     }
 }
 
-QK_INLINE void direct_rows(const qk_matrix *w, qk_format format, int M, const float *bias, const float *x,
-                           bool add, float *y, int64_t n0, int64_t n1)
+QK_INLINE void direct_rows(const qk_matrix *w, qk_format format, bool vbmi, int M, const float *bias,
+                           const float *x, bool add, float *y, int64_t n0, int64_t n1)
 {
     float acc[V16_DIRECT_COLS * 256] __attribute__((aligned(64)));
+    const bool finite = format == QK_4BIT && is_finite(w, n0, n1);
     for (int64_t n = n0; n < n1; n += 16) {
         int rows = n1 - n < 16 ? (int)(n1 - n) : 16;
-        for (int at = 0; at < rows; at += DR) {
+        for (int at = 0; at < rows; at += V16_DIRECT_ROWS(M)) {
             if (format == QK_4BIT)
-                direct_4bit(w, M, n + at, n1 - 1, x, acc, at);
+                direct_4bit(w, vbmi, finite, M, n + at, n1 - 1, x, acc, at);
             else
                 direct_dense(w, format, M, n + at, n1 - 1, x, acc, at);
         }
@@ -145,35 +179,59 @@ QK_INLINE void direct_rows(const qk_matrix *w, qk_format format, int M, const fl
     }
 }
 
-#define DIRECT(format, M)                                                                                    \
-    static __attribute__((noinline)) void direct_##format##_##M(                                             \
-        const qk_matrix *w, const float *bias, const float *x, bool add, float *y, int64_t n0, int64_t n1)   \
-    {                                                                                                        \
-        direct_rows(w, format, M, bias, x, add, y, n0, n1);                                                  \
-    }
-#define DIRECT_ALL(M) DIRECT(QK_F32, M) DIRECT(QK_F16, M) DIRECT(QK_BF16, M) DIRECT(QK_4BIT, M)
-#define DIRECT_NAMES(M)                                                                                      \
-    {                                                                                                        \
-        direct_QK_F32_##M, direct_QK_F16_##M, direct_QK_BF16_##M, direct_QK_4BIT_##M                         \
-    }
-
-DIRECT_ALL(1)
-DIRECT_ALL(2)
-#if V16_DIRECT_COLS == 4
-DIRECT_ALL(3)
-DIRECT_ALL(4)
-#endif
-
 typedef void direct_fn(const qk_matrix *w, const float *bias, const float *x, bool add, float *y, int64_t n0,
                        int64_t n1);
-static direct_fn *const direct[V16_DIRECT_COLS][4] = {
-    DIRECT_NAMES(1),
-    DIRECT_NAMES(2),
-#if V16_DIRECT_COLS == 4
-    DIRECT_NAMES(3),
-    DIRECT_NAMES(4),
+
+#define DIRECT(name, format, vbmi, M)                                                                        \
+    static __attribute__((noinline)) void name##_##M(const qk_matrix *w, const float *bias, const float *x,  \
+                                                     bool add, float *y, int64_t n0, int64_t n1)             \
+    {                                                                                                        \
+        direct_rows(w, format, vbmi, M, bias, x, add, y, n0, n1);                                            \
+    }
+#if V16_DIRECT_COLS == 8
+#define DIRECT_ALL(name, format, vbmi)                                                                       \
+    DIRECT(name, format, vbmi, 1)                                                                            \
+    DIRECT(name, format, vbmi, 2)                                                                            \
+    DIRECT(name, format, vbmi, 3)                                                                            \
+    DIRECT(name, format, vbmi, 4)                                                                            \
+    DIRECT(name, format, vbmi, 5)                                                                            \
+    DIRECT(name, format, vbmi, 6)                                                                            \
+    DIRECT(name, format, vbmi, 7)                                                                            \
+    DIRECT(name, format, vbmi, 8)                                                                            \
+    static direct_fn *const name[] = {name##_1, name##_2, name##_3, name##_4,                                \
+                                      name##_5, name##_6, name##_7, name##_8};
+#else
+#define DIRECT_ALL(name, format, vbmi)                                                                       \
+    DIRECT(name, format, vbmi, 1)                                                                            \
+    DIRECT(name, format, vbmi, 2)                                                                            \
+    static direct_fn *const name[] = {name##_1, name##_2};
 #endif
-};
+
+DIRECT_ALL(direct_f32, QK_F32, false)
+DIRECT_ALL(direct_f16, QK_F16, false)
+DIRECT_ALL(direct_bf16, QK_BF16, false)
+DIRECT_ALL(direct_nf4, QK_4BIT, false)
+#ifdef V16_HAS_VBMI
+DIRECT_ALL(direct_vbmi, QK_4BIT, true)
+#endif
+
+static direct_fn *direct_kernel(qk_format format, int64_t m)
+{
+    switch (format) {
+    case QK_F16:
+        return direct_f16[m - 1];
+    case QK_BF16:
+        return direct_bf16[m - 1];
+    case QK_4BIT:
+        break;
+    default:
+        return direct_f32[m - 1];
+    }
+#ifdef V16_HAS_VBMI
+    if (__builtin_cpu_supports("avx512vbmi")) return direct_vbmi[m - 1];
+#endif
+    return direct_nf4[m - 1];
+}
 
 /* Prefill: R weight rows x `cols` activation rows over inputs [k0, k1). acc + (c * STRIP + r) * 16 holds the
  * lanes of one output; `first` starts them at zero. */
@@ -281,8 +339,9 @@ static void matmul_tiled(const qk_matrix *w, const float *bias, const float *x, 
             row[r] = w->format == QK_F32 ? (const float *)w->data + (n + real) * k : decoded + real * stride;
             if (w->format != QK_F32 && r < rows) decode_row(w, n + r, decoded + r * stride);
         }
-        for (int64_t c0 = 0; c0 < m; c0 += C) {
-            int cols = m - c0 < C ? (int)(m - c0) : C;
+        int64_t parts = (m + C - 1) / C;
+        for (int64_t part = 0, c0 = 0; part < parts; part++) {
+            int cols = (int)((m - c0) / (parts - part)); /* as even as can be: narrow tiles are slow */
             tile_fn *run = tiles[cols - 1];
             for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
                 int64_t k1 = k - k0 < PIECE ? k : k0 + PIECE;
@@ -296,13 +355,16 @@ static void matmul_tiled(const qk_matrix *w, const float *bias, const float *x, 
                            y + (c0 + c) * w->n + n + r, rows - r < 16 ? rows - r : 16);
                 }
             }
+            c0 += cols;
         }
     }
 }
 
 static bool is_direct(const qk_matrix *w, int64_t m)
 {
-    return m <= V16_DIRECT_COLS && (w->format != QK_4BIT || w->k % 16 == 0);
+    /* float32 rows need no decoding: the tile reads them where they lie */
+    int64_t most = w->format == QK_F32 && V16_DIRECT_COLS > 4 ? 4 : V16_DIRECT_COLS;
+    return m <= most && (w->format != QK_4BIT || w->k % 16 == 0);
 }
 
 size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m)
@@ -318,7 +380,7 @@ void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int6
 {
     if (m <= 0 || n0 >= n1) return;
     if (is_direct(w, m))
-        direct[m - 1][w->format](w, bias, x, add, y, n0, n1);
+        direct_kernel(w->format, m)(w, bias, x, add, y, n0, n1);
     else
         matmul_tiled(w, bias, x, m, add, y, n0, n1, scratch);
 }

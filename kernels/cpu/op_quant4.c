@@ -58,7 +58,7 @@ void QK_NAME(decode4)(const qk_matrix *w, int64_t i0, int64_t i1, float *dst)
     for (int64_t i = i0; i < i1;) {
         int64_t block_index = i >> shift, end = (block_index + 1) << shift;
         if (end > i1) end = i1;
-        v16 lut = qk_block_lut(w, code, block_index);
+        v16 lut = qk_block_lut(w, code, block_index, false);
         float values[16];
         v16_store(values, lut);
         for (; i < end && i % 2; i++) dst[i - i0] = values[qk_nibble(packed, i)];

@@ -26,10 +26,12 @@ double QK_NAME(probe_fma)(int64_t rounds, float *sink);
 /* Elements [i0, i1) of a flattened 4-bit matrix, decoded to dst[0 ..]. */
 void QK_NAME(decode4)(const qk_matrix *w, int64_t i0, int64_t i1, float *dst);
 
-/* The table's 16 values for the block that element i lies in, each as the decoded weight. */
-QK_INLINE v16 qk_block_lut(const qk_matrix *w, v16 code, int64_t block_index)
+/* The table's 16 values for a block, each as the decoded weight. `finite`: code and absmax are known to be
+ * so, and the product is no NaN that the quick rounding would lose. */
+QK_INLINE v16 qk_block_lut(const qk_matrix *w, v16 code, int64_t block_index, bool finite)
 {
-    return v16_round_to(w->round_to, v16_mul(code, v16_set1(w->absmax[block_index])));
+    v16 v = v16_mul(code, v16_set1(w->absmax[block_index]));
+    return finite && w->round_to == QK_BF16 ? v16_round_bf16_number(v) : v16_round_to(w->round_to, v);
 }
 
 #endif

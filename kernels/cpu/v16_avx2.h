@@ -8,7 +8,7 @@ typedef struct {
 /* 12 of 16 registers accumulate. */
 #define V16_TILE_ROWS 3
 #define V16_TILE_COLS 2
-#define V16_DIRECT_ROWS 2
+#define V16_DIRECT_ROWS(M) 2
 #define V16_DIRECT_COLS 2
 
 #define V16_BOTH(expr_lo, expr_hi)                                                                           \
@@ -119,15 +119,26 @@ QK_INLINE v16 v16_load_f16(const uint16_t *p)
                     _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 8))));
 }
 
-QK_INLINE __m256 v16_round_bf16_8(__m256 v)
+QK_INLINE __m256 v16_round_bf16_number_8(__m256 v)
 {
     __m256i u = _mm256_castps_si256(v);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    __m256i q = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-    __m256 kept =
-        _mm256_blendv_ps(_mm256_castsi256_ps(r), _mm256_castsi256_ps(q), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    return _mm256_and_ps(kept, _mm256_castsi256_ps(_mm256_set1_epi32(-0x10000)));
+    return _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32(-0x10000)));
+}
+
+/* For all but a NaN whose payload has its upper bits set. */
+QK_INLINE v16 v16_round_bf16_number(v16 v)
+{
+    return V16_BOTH(v16_round_bf16_number_8(v.lo), v16_round_bf16_number_8(v.hi));
+}
+
+QK_INLINE __m256 v16_round_bf16_8(__m256 v)
+{
+    __m256i quiet = _mm256_or_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x400000));
+    __m256i cut = _mm256_and_si256(quiet, _mm256_set1_epi32(-0x10000));
+    return _mm256_blendv_ps(v16_round_bf16_number_8(v), _mm256_castsi256_ps(cut),
+                            _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
 }
 
 QK_INLINE v16 v16_round_bf16(v16 v)

@@ -7,8 +7,8 @@ typedef __m512 v16;
 #define V16_TILE_ROWS 4
 #define V16_TILE_COLS 6
 /* Weight rows taken at once, and most activation rows, when weights are decoded in registers. */
-#define V16_DIRECT_ROWS 4
-#define V16_DIRECT_COLS 4
+#define V16_DIRECT_ROWS(M) ((M) <= 4 ? 4 : 2)
+#define V16_DIRECT_COLS 8
 
 #define V16_TAIL(n) ((__mmask16)((1u << (n)) - 1u)) /* 0 <= n <= 16 */
 
@@ -84,10 +84,14 @@ QK_INLINE v16 v16_pow2(v16 n)
     return _mm512_castsi512_ps(_mm512_slli_epi32(e, 23));
 }
 
+/* One vpermw spreads the halves and zeroes the low words. */
 QK_INLINE v16 v16_load_bf16(const uint16_t *p)
 {
+    const __m512i spread = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7,
+                                            6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+    return _mm512_castsi512_ps(
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, spread, _mm512_castsi256_si512(h)));
 }
 
 QK_INLINE v16 v16_load_f16(const uint16_t *p)
@@ -95,14 +99,21 @@ QK_INLINE v16 v16_load_f16(const uint16_t *p)
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
 
-QK_INLINE v16 v16_round_bf16(v16 v)
+/* For all but a NaN whose payload has its upper bits set. */
+QK_INLINE v16 v16_round_bf16_number(v16 v)
 {
     __m512i u = _mm512_castps_si512(v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
     return _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32(-0x10000)));
+}
+
+QK_INLINE v16 v16_round_bf16(v16 v)
+{
+    __m512i quiet = _mm512_or_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x400000));
+    __m512i cut = _mm512_and_si512(quiet, _mm512_set1_epi32(-0x10000));
+    return _mm512_mask_mov_ps(v16_round_bf16_number(v), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                              _mm512_castsi512_ps(cut));
 }
 
 QK_INLINE v16 v16_round_f16(v16 v)
@@ -132,6 +143,21 @@ QK_INLINE v16 v16_lut4(const uint8_t *p, v16 lut)
     memcpy(&bytes, p, sizeof bytes);
     __m512i x = _mm512_shuffle_epi8(_mm512_set1_epi64((long long)bytes), spread);
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(x, shift), lut);
+}
+
+/* The same in one step where the processor has AVX-512 VBMI, which the caller has checked: qword i of the
+ * result takes 8 bits from bit 8i + 4 into its low lane and from bit 8i into its high one. As assembler text,
+ * because the rest of this file must run without VBMI. */
+#define V16_HAS_VBMI 1
+QK_INLINE v16 v16_lut4_vbmi(const uint8_t *p, v16 lut)
+{
+    const __m512i from = _mm512_set_epi32(56, 60, 48, 52, 40, 44, 32, 36, 24, 28, 16, 20, 8, 12, 0,
+                                          4); /* in byte 0 of each lane */
+    uint64_t bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    __m512i x;
+    __asm__("vpmultishiftqb %2, %1, %0" : "=v"(x) : "v"(from), "v"(_mm512_set1_epi64((long long)bytes)));
+    return _mm512_permutexvar_ps(x, lut);
 }
 
 QK_INLINE float v16_hsum(v16 v)

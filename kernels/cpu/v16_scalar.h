@@ -7,7 +7,7 @@ typedef struct {
 
 #define V16_TILE_ROWS 2
 #define V16_TILE_COLS 2
-#define V16_DIRECT_ROWS 2
+#define V16_DIRECT_ROWS(M) 2
 #define V16_DIRECT_COLS 2
 
 #define V16_EACH(expr)                                                                                       \
@@ -99,6 +99,11 @@ QK_INLINE v16 v16_load_f16(const uint16_t *p)
 QK_INLINE v16 v16_round_bf16(v16 v)
 {
     V16_EACH(qk_round_bf16(v.f[l]));
+}
+
+QK_INLINE v16 v16_round_bf16_number(v16 v)
+{
+    return v16_round_bf16(v);
 }
 
 QK_INLINE v16 v16_round_f16(v16 v)
