@@ -15,6 +15,8 @@ enum {
     STRIP = 16 * R,           /* most weight rows decoded at a time: a multiple of 16 and of R */
     STRIP_BYTES = 384 * 1024, /* of decoded weights, unless one group of R rows is larger */
     PIECE = 512,              /* inputs a piece: R * 512 * 4 bytes of weights, C * 512 * 4 of activations */
+    BATCH_BYTES = 4 << 20,    /* of activations taken together */
+    LEAST_BATCH = 96,         /* rows */
     AHEAD = 8192,             /* bytes, at least, that decode prefetches ahead */
 };
 
@@ -325,6 +327,31 @@ static void decode_row(const qk_matrix *w, int64_t n, float *dst)
     if (i < k) v16_store_n(dst + i, v16_load_as_n(w->format, src, i, (int)(k - i)), (int)(k - i));
 }
 
+/* One strip of weight rows [n, n + rows) against all of x. */
+static void strip_product(const qk_matrix *w, const float *const *row, int64_t n, int rows, const float *bias,
+                          const float *x, int64_t m, bool add, float *y, float *acc)
+{
+    const int64_t k = w->k, parts = (m + C - 1) / C;
+    const int groups = (rows + R - 1) / R;
+    for (int64_t part = 0, c0 = 0; part < parts; part++) {
+        int cols = (int)((m - c0) / (parts - part)); /* as even as can be: narrow tiles are slow */
+        tile_fn *run = tiles[cols - 1];
+        for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
+            int64_t k1 = k - k0 < PIECE ? k : k0 + PIECE;
+            for (int g = 0; g < groups; g++) {
+                run(row + g * R, x + c0 * k, k, k0, k1, k0 == 0, acc + g * R * 16);
+            }
+        }
+        for (int c = 0; c < cols; c++) {
+            for (int r = 0; r < rows; r += 16) {
+                finish(acc + (c * STRIP + r) * 16, bias ? bias + n + r : NULL, add,
+                       y + (c0 + c) * w->n + n + r, rows - r < 16 ? rows - r : 16);
+            }
+        }
+        c0 += cols;
+    }
+}
+
 static void matmul_tiled(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                          int64_t n0, int64_t n1, float *scratch)
 {
@@ -333,31 +360,21 @@ static void matmul_tiled(const qk_matrix *w, const float *bias, const float *x, 
     const float *row[STRIP];
     for (int64_t n = n0; n < n1; n += strip) {
         int rows = n1 - n < strip ? (int)(n1 - n) : (int)strip;
-        int groups = (rows + R - 1) / R;
-        for (int r = 0; r < groups * R; r++) {
+        for (int r = 0; r < (rows + R - 1) / R * R; r++) {
             int real = r < rows ? r : rows - 1; /* the last group repeats the last row */
             row[r] = w->format == QK_F32 ? (const float *)w->data + (n + real) * k : decoded + real * stride;
             if (w->format != QK_F32 && r < rows) decode_row(w, n + r, decoded + r * stride);
         }
-        int64_t parts = (m + C - 1) / C;
-        for (int64_t part = 0, c0 = 0; part < parts; part++) {
-            int cols = (int)((m - c0) / (parts - part)); /* as even as can be: narrow tiles are slow */
-            tile_fn *run = tiles[cols - 1];
-            for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
-                int64_t k1 = k - k0 < PIECE ? k : k0 + PIECE;
-                for (int g = 0; g < groups; g++) {
-                    run(row + g * R, x + c0 * k, k, k0, k1, k0 == 0, acc + g * R * 16);
-                }
-            }
-            for (int c = 0; c < cols; c++) {
-                for (int r = 0; r < rows; r += 16) {
-                    finish(acc + (c * STRIP + r) * 16, bias ? bias + n + r : NULL, add,
-                           y + (c0 + c) * w->n + n + r, rows - r < 16 ? rows - r : 16);
-                }
-            }
-            c0 += cols;
-        }
+        strip_product(w, row, n, rows, bias, x, m, add, y, acc);
     }
+}
+
+/* Activation rows taken together: as many as stay in the last-level cache while strip after strip passes over
+ * them, but enough to repay the decoding of a strip. */
+static int64_t batch_rows(int64_t k)
+{
+    int64_t rows = BATCH_BYTES / (k * (int64_t)sizeof(float));
+    return rows > LEAST_BATCH ? rows : LEAST_BATCH;
 }
 
 static bool is_direct(const qk_matrix *w, int64_t m)
@@ -382,5 +399,7 @@ void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int6
     if (is_direct(w, m))
         direct_kernel(w->format, m)(w, bias, x, add, y, n0, n1);
     else
-        matmul_tiled(w, bias, x, m, add, y, n0, n1, scratch);
+        for (int64_t t = 0, step = batch_rows(w->k); t < m; t += step)
+            matmul_tiled(w, bias, x + t * w->k, m - t < step ? m - t : step, add, y + t * w->n, n0, n1,
+                         scratch);
 }

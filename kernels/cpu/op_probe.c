@@ -22,7 +22,9 @@ double QK_NAME(probe_fma)(int64_t rounds, float *sink)
 {
     enum { CHAINS = sizeof(v16) == 64 && V16_TILE_COLS == 6 ? 16 : 6 };
     v16 s[CHAINS], a = v16_set1(*sink), b = v16_set1(0.5f);
-    QK_UNROLL for (int j = 0; j < CHAINS; j++) s[j] = v16_set1((float)j);
+    float start[16]; /* all different, or the compiler finds that lanes can share their work */
+    for (int l = 0; l < 16; l++) start[l] = *sink + (float)l;
+    QK_UNROLL for (int j = 0; j < CHAINS; j++) s[j] = v16_add(v16_load(start), v16_set1((float)(16 * j)));
     for (int64_t i = 0; i < rounds; i++) {
         QK_UNROLL for (int j = 0; j < CHAINS; j++) s[j] = v16_fma(s[j], b, a);
     }

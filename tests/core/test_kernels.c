@@ -78,6 +78,18 @@ static void test_4bit_products(void **state)
     }
 }
 
+/* More activations than one pass over the weights takes, rows longer than one piece and strips of few rows.
+ */
+static void test_large_products(void **state)
+{
+    (void)state;
+    for (qk_format f = QK_BF16; f <= QK_4BIT; f++) {
+        qk_matrix w = new_matrix(f, 5, 16400, 64, QK_BF16);
+        check_product(&w, 98);
+        free_matrix(&w);
+    }
+}
+
 /* Row t of a batch of any size has the bits of row t alone. */
 static void test_batch_invariance(void **state)
 {
@@ -312,6 +324,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_dense_products),
         cmocka_unit_test(test_4bit_products),
+        cmocka_unit_test(test_large_products),
         cmocka_unit_test(test_batch_invariance),
         cmocka_unit_test(test_bias_and_add),
         cmocka_unit_test(test_one_hot_reads_weights),
