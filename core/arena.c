@@ -31,8 +31,7 @@ void ql_arena_release(ql_arena *a)
 static void raise_to(atomic_size_t *peak, size_t value)
 {
     size_t seen = atomic_load(peak);
-    while (seen < value && !atomic_compare_exchange_weak(peak, &seen, value)) {
-    }
+    while (seen < value && !atomic_compare_exchange_weak(peak, &seen, value)) {}
 }
 
 void ql_arena_charge(ql_arena *a, ql_mem_kind kind, size_t bytes)

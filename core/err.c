@@ -47,15 +47,24 @@ ql_status ql_err_prefix(ql_err *err, const char *fmt, ...)
 const char *ql_err_name(ql_status code)
 {
     switch (code) {
-    case QL_OK: return "ok";
-    case QL_ERR_ARG: return "argument";
-    case QL_ERR_NOT_FOUND: return "not_found";
-    case QL_ERR_IO: return "io";
-    case QL_ERR_FORMAT: return "format";
-    case QL_ERR_UNSUPPORTED: return "unsupported";
-    case QL_ERR_MEMORY: return "memory";
-    case QL_ERR_DEVICE: return "device";
-    case QL_ERR_INTERRUPTED: return "interrupted";
+    case QL_OK:
+        return "ok";
+    case QL_ERR_ARG:
+        return "argument";
+    case QL_ERR_NOT_FOUND:
+        return "not_found";
+    case QL_ERR_IO:
+        return "io";
+    case QL_ERR_FORMAT:
+        return "format";
+    case QL_ERR_UNSUPPORTED:
+        return "unsupported";
+    case QL_ERR_MEMORY:
+        return "memory";
+    case QL_ERR_DEVICE:
+        return "device";
+    case QL_ERR_INTERRUPTED:
+        return "interrupted";
     }
     return "unknown";
 }
