@@ -31,6 +31,22 @@ local function make_folder(path)
   return true
 end
 
+--- Whether results can be written into a folder: said before the work, not after it. Makes the folder.
+---@param folder string
+---@return boolean?, qlua.failure?
+function export.writable(folder)
+  local existed = lfs.attributes(folder, "mode") ~= nil
+  local made, err = make_folder(folder)
+  if not made then return nil, err end
+  local probe = ("%s/.qlua.%d"):format(folder, sys.pid())
+  local file, why = io.open(probe, "wb")
+  if not file then return nil, failure("io", ("%s: cannot write here (%s)"):format(folder, why)) end
+  file:close()
+  os.remove(probe)
+  if not existed then lfs.rmdir(folder) end -- made again when there is something to write
+  return true
+end
+
 --- Writes `text` as `path`, whole or not at all.
 ---@param path string
 ---@param text string
@@ -164,12 +180,16 @@ local function model_results(run, outcomes, m)
   return file
 end
 
+local SUMMARY <const> = { "n", "low", "high", "mean", "stderr", "rms", "min", "median", "p90", "p95", "p99",
+  "p999", "max" }
+
 --- Rows of qlua.metrics.summary as a table by name; without the values of every item.
 local function metric_fields(rows)
   local fields = {}
   for _, row in ipairs(rows or {}) do
-    fields[row.name] = { value = row.value, low = row.low, high = row.high, median = row.median, n = row.n,
-      stderr = row.stderr, higher_is_better = row.higher_is_better }
+    local field = { value = row.value or json.null, higher_is_better = row.higher_is_better }
+    for _, key in ipairs(SUMMARY) do field[key] = row[key] end
+    fields[row.name] = field
   end
   return fields
 end

@@ -165,21 +165,38 @@ function metrics.add(list, reference, test, item)
   end
 end
 
---- Rows for a table: { name, value, low, high, median, n, higher_is_better }; low and high are a seeded 95 %
---- bootstrap interval of the mean where the metric keeps one number an item.
+local function finite(metric, number, what)
+  if type(number) ~= "number" or number - number ~= 0 then
+    error(("metric %s: %s is %s, not a finite number"):format(metric.name, what, tostring(number)), 0)
+  end
+end
+
+--- The row of a metric with one number an item.
+local function item_row(metric, seed)
+  local values = metric.values
+  local row = { n = 0 }
+  for i, value in ipairs(values) do finite(metric, value, ("value %d"):format(i)) end
+  if #values > 0 then
+    row = stats.summary(values)
+    row.value = row.mean
+    row.low, row.high = stats.bootstrap(values, { seed = seed or 1 })
+  end
+  row.name, row.higher_is_better, row.values = metric.name, metric.higher_is_better, values
+  return row
+end
+
+--- Rows for a table: { name, value, n, higher_is_better }. Where the metric keeps one number an item also
+--- what qlua.stats.summary says of them, and low and high, a seeded 95 % bootstrap interval of the mean; if no
+--- item gave a number, value is nil and n is 0.
 ---@param list qlua.metric[]
 ---@param seed integer?
 ---@return table[]
 function metrics.summary(list, seed)
   local rows = {}
   for _, metric in ipairs(list) do
-    local values = metric.values
-    if values and #values > 0 then
-      local low, high = stats.bootstrap(values, { seed = seed or 1 })
-      rows[#rows + 1] = { name = metric.name, value = stats.mean(values), low = low, high = high,
-        median = stats.median(values), n = #values, higher_is_better = metric.higher_is_better,
-        stderr = #values > 1 and stats.stderr(values) or nil, values = values }
-    elseif not values then
+    if metric.values then
+      rows[#rows + 1] = item_row(metric, seed)
+    else
       local ok, value = pcall(metric.value, metric)
       if not ok then error(("metric %s: %s"):format(metric.name, tostring(value)), 0) end
       if value == nil then value = "nothing" end
@@ -189,6 +206,7 @@ function metrics.summary(list, seed)
         if type(name) ~= "string" or type(number) ~= "number" then
           error(("metric %s: value() gives a number or a table of numbers by name"):format(metric.name), 0)
         end
+        finite(metric, number, name == "" and "value()" or "value()." .. name)
         names[#names + 1] = name
       end
       table.sort(names)

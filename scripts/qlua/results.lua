@@ -55,7 +55,7 @@ function results.metrics(run, r)
     local same = control[row.name]
     t:add(row.name, bounded(row.value, row.low, row.high, format_of(row.value)),
       row.median and format_of(row.median):format(row.median) or "-",
-      same and format_of(same.value):format(same.value) or "-")
+      same and same.value and format_of(same.value):format(same.value) or "-")
   end
   say(t:text { bold = tables.bold_allowed(run.stdout_is_terminal) })
   say(("\n%s v %s; full v full is the same model in another batch size: what it shows is noise.\n"):format(

@@ -199,6 +199,19 @@ describe("a user's metric", function()
     local results = assert(json.decode(file:read "a")).results
     assert.equal(5, results.rank_of_favourite.n)
     assert.is_true(results.rank_of_favourite.value >= 1)
+    local kl = results.kl_full_quantized
+    for _, key in ipairs { "stderr", "median", "p90", "p95", "p99", "p999", "max", "rms" } do
+      assert.is_number(kl[key], key)
+    end
+  end)
+
+  it("without a number for any question is shown as such", function()
+    local path = write("silent.lua", [[return { name = "silent", values = {}, add = function() end,
+      value = function() end }]])
+    local out, err, code = run("jaccard", "--limit", "3", "--metric", path, "--output_path",
+      folder .. "/results")
+    assert.equal(0, code, err)
+    assert.truthy(out:find "silent +%- +%- +%-", out)
   end)
 end)
 

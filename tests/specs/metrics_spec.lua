@@ -228,6 +228,26 @@ describe("a metric of one's own", function()
     end
   end)
 
+  it("has the summary of its values, and a row without any", function()
+    local one, none = metrics.per_item("one", true, print), metrics.per_item("none", false, print)
+    for i = 1, 11 do one.values[i] = i end
+    local rows = metrics.summary { one, none }
+    assert.equal(6, rows[1].value)
+    assert.same({ 11, 6, 10, 10.5, 11 }, { rows[1].n, rows[1].median, rows[1].p90, rows[1].p95, rows[1].max })
+    assert.is_true(math.abs(rows[1].rms - math.sqrt(46)) < 1e-12 and rows[1].stderr < 1.0001)
+    assert.is_true(rows[1].low < 6 and rows[1].high > 6 and rows[1].p999 < 11)
+    assert.same({ "none", 0, false }, { rows[2].name, rows[2].n, rows[2].higher_is_better })
+    assert.is_nil(rows[2].value)
+  end)
+
+  it("is named when it gives NaN", function()
+    local odd = metrics.per_item("odd", true, print)
+    odd.values = { 1, 0 / 0 }
+    raises(function() metrics.summary { odd } end, "metric odd", "value 2", "nan")
+    raises(function() metrics.summary { { name = "odd", value = function() return 0 / 0 end } } end,
+      "metric odd", "nan")
+  end)
+
   it("the example works", function()
     local list = assert(metrics.load "examples/metrics/rank.lua")
     for i = 1, 5 do metrics.add(list, a:select(1, i), b:select(1, i), { target = targets[i] }) end
