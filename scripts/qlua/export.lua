@@ -198,7 +198,9 @@ local function comparison_fields(o)
   local fields = { metrics = metric_fields(o.metrics), questions = #o.items, too_long = o.too_long }
   if o.comparison then
     fields.flips = o.flips
-    fields.difference, fields.mcnemar_p = o.comparison.difference, o.comparison.p
+    fields.difference, fields.difference_95 = o.comparison.difference, json.array(o.interval)
+    -- adjusted_p is Holm's over all comparisons of the run, and equal to mcnemar_p where there is only one
+    fields.mcnemar_p, fields.adjusted_p = o.mcnemar, o.comparison.p
     fields.established, fields.questions_needed = o.comparison.established, o.comparison.needed
     fields.sentence = o.comparison.sentence
   end

@@ -186,8 +186,8 @@ local function item_row(metric, seed)
 end
 
 --- Rows for a table: { name, value, n, higher_is_better }. Where the metric keeps one number an item also
---- what qlua.stats.summary says of them, and low and high, a seeded 95 % bootstrap interval of the mean; if no
---- item gave a number, value is nil and n is 0.
+--- what qlua.stats.summary says of them, and low and high, a seeded 95 % bootstrap interval of the mean; if
+--- no item gave a number, value is nil and n is 0.
 ---@param list qlua.metric[]
 ---@param seed integer?
 ---@return table[]

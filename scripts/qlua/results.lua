@@ -69,18 +69,34 @@ local function wilson(k, n)
   return tables.interval(k / n, low, high)
 end
 
---- The paired comparison of one task: flips, McNemar, sentence. nil where nothing was scored.
----@param outcome table  { task, items, evaluations }
----@return qlua.flips?, qlua.comparison?
-function results.compare(outcome)
-  local a, b, gold = {}, {}, {}
+--- The paired answers of one task: flips, and an interval of the difference of accuracies from a bootstrap
+--- of the questions. nil where nothing was scored.
+local function paired(outcome, seed)
+  local a, b, gold, right_a, right_b = {}, {}, {}, {}, {}
   for i, r in ipairs(outcome.evaluations[1].results) do
     local other = outcome.evaluations[2].results[i]
     a[i], b[i], gold[i] = r.answer or false, other.answer or false, r.prepared.item.answer
+    right_a[i], right_b[i] = a[i] == gold[i] and 1 or 0, b[i] == gold[i] and 1 or 0
   end
   if #gold == 0 then return nil end
-  local flips = stats.flips(a, b, gold)
-  return flips, stats.compare(flips)
+  return stats.flips(a, b, gold), { stats.bootstrap_difference(right_a, right_b, { seed = seed }) }
+end
+
+--- Fills in every outcome's flips, interval (of the difference, 95 %), mcnemar (its p) and comparison, nil
+--- where nothing was scored. Where there are several, Holm's adjusted p values decide what is established.
+---@param outcomes table[]  { task, items, evaluations }
+---@param seed integer?     of the bootstrap
+function results.compare(outcomes, seed)
+  local scored, p = {}, {}
+  for _, o in ipairs(outcomes) do
+    o.flips, o.interval = paired(o, seed)
+    if o.flips then
+      o.mcnemar = stats.mcnemar(o.flips.right_wrong, o.flips.wrong_right)
+      scored[#scored + 1], p[#p + 1] = o, o.mcnemar
+    end
+  end
+  local adjusted = #p > 1 and stats.holm(p) or {}
+  for i, o in ipairs(scored) do o.comparison = stats.compare(o.flips, adjusted[i]) end
 end
 
 --- Seconds to minutes: words (or tokens) per minute or second.
@@ -117,9 +133,12 @@ local function mmlu_table(run, outcomes)
   return t
 end
 
-local function paired_lines(run, o, comparison, flips)
-  local reference, test = run.labels[1], run.labels[2]
-  say(("%s: %s.\n"):format(o.task.name, comparison.sentence))
+local function paired_lines(run, o)
+  local reference, test, flips = run.labels[1], run.labels[2], o.flips
+  say(("%s: %s.\n"):format(o.task.name, o.comparison.sentence))
+  say(("  %s - %s %+.1f points [%+.1f, %+.1f], 95 %% paired bootstrap; exact McNemar p %s\n"):format(test,
+    reference, 100 * o.comparison.difference, 100 * o.interval[1], 100 * o.interval[2],
+    o.mcnemar < 0.001 and "< 0.001" or ("= %.3f"):format(o.mcnemar)))
   local n, changed = flips.n, flips.right_wrong + flips.wrong_right
   say(("  flips %s (%s): %d right only in %s, %d right only in %s; "):format(plural(changed, "question"),
     percent(changed, n), flips.right_wrong, reference, flips.wrong_right, test))
@@ -137,19 +156,11 @@ local function paired_lines(run, o, comparison, flips)
   end
 end
 
---- With several tasks, Holm's correction of McNemar's p over all of them.
-local function holm_lines(outcomes, comparisons)
-  local p, names = {}, {}
-  for i, o in ipairs(outcomes) do
-    if comparisons[i] then
-      p[#p + 1] = comparisons[i].p
-      names[#names + 1] = o.task.name
-    end
-  end
-  if #p < 2 then return end
-  local parts = {}
-  for i, adjusted in ipairs(stats.holm(p)) do parts[i] = ("%s p = %.3f"):format(names[i], adjusted) end
-  say(("after Holm's correction over %d comparisons: %s\n"):format(#p, table.concat(parts, ", ")))
+--- Says that the p values of several comparisons are Holm's.
+local function holm_line(outcomes)
+  local n = 0
+  for _, o in ipairs(outcomes) do if o.comparison then n = n + 1 end end
+  if n > 1 then say(("adjusted p: McNemar's after Holm's correction over %d comparisons\n"):format(n)) end
 end
 
 --- Accuracy, words per minute and the paired comparison of every task.
@@ -167,17 +178,15 @@ function results.mmlu(run, outcomes)
   say "\n"
   say(mmlu_table(run, outcomes):text { bold = tables.bold_allowed(run.stdout_is_terminal) })
   say "\n"
-  local comparisons = {}
-  for i, o in ipairs(outcomes) do
-    local flips, comparison = results.compare(o)
-    o.flips, o.comparison, comparisons[i] = flips, comparison, comparison
-    if flips then paired_lines(run, o, comparison, flips) end
+  results.compare(outcomes, run.opts.seed)
+  for _, o in ipairs(outcomes) do
+    if o.comparison then paired_lines(run, o) end
     for _, row in ipairs(o.metrics or {}) do
       say(("  %s %s%s\n"):format(row.name, bounded(row.value, row.low, row.high, format_of(row.value)),
         row.median and (", median " .. format_of(row.median)):format(row.median) or ""))
     end
   end
-  holm_lines(outcomes, comparisons)
+  holm_line(outcomes)
   if run.opts.protocol == "post" then
     say("protocol post: prompt, role, short questions and unparsed-is-wrong as in the post of 2024;\n",
       "both models are whole in memory and the clock stops after the device,\n",
