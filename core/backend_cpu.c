@@ -7,6 +7,7 @@
 
 #include "mem.h"
 #include "pool.h"
+#include "process.h"
 #include "qk.h"
 
 #include <stdio.h>
@@ -33,41 +34,6 @@ static const qk_format formats[] = {[QL_F32] = QK_F32, [QL_F16] = QK_F16, [QL_BF
 
 /* ---- memory ---- */
 
-/* A figure of /proc/meminfo in bytes, 0 when it is not there. */
-static size_t meminfo(const char *key)
-{
-    char line[128];
-    unsigned long long kib = 0;
-    size_t len = strlen(key);
-    FILE *f = fopen("/proc/meminfo", "re");
-    if (!f) return 0;
-    while (fgets(line, sizeof line, f)) {
-        if (strncmp(line, key, len) == 0 && line[len] == ':' && sscanf(line + len + 1, "%llu", &kib) == 1)
-            break;
-    }
-    fclose(f);
-    return (size_t)kib * 1024;
-}
-
-static size_t read_size(const char *path)
-{
-    unsigned long long value = 0;
-    FILE *f = fopen(path, "re");
-    if (!f) return 0;
-    if (fscanf(f, "%llu", &value) != 1) value = 0; /* "max" */
-    fclose(f);
-    return (size_t)value;
-}
-
-/* What can still be allocated: of the machine, and of the control group when it has a limit. */
-static size_t memory_available(void)
-{
-    size_t available = meminfo("MemAvailable");
-    size_t limit = read_size("/sys/fs/cgroup/memory.max"), used = read_size("/sys/fs/cgroup/memory.current");
-    if (limit && limit > used && limit - used < available) available = limit - used;
-    return available;
-}
-
 static ql_status cpu_alloc(void *ctx, size_t bytes, void **out, ql_err *err)
 {
     (void)ctx;
@@ -75,11 +41,11 @@ static ql_status cpu_alloc(void *ctx, size_t bytes, void **out, ql_err *err)
     *out = NULL;
     /* The kernel hands out more than it has and ends the process later: a block that cannot fit is refused.
      */
-    if (!big || bytes < 16 * HUGE_PAGE || bytes <= memory_available())
+    if (!big || bytes < 16 * HUGE_PAGE || bytes <= ql_process_memory_available())
         *out = ql_aligned(big ? HUGE_PAGE : 64, bytes);
     if (!*out) {
         ql_err_set(err, QL_ERR_MEMORY, "out of memory: %zu bytes (%.1f MiB) asked for, %.1f MiB available",
-                   bytes, (double)bytes / 0x1p20, (double)memory_available() / 0x1p20);
+                   bytes, (double)bytes / 0x1p20, (double)ql_process_memory_available() / 0x1p20);
         return ql_err_hint(err, "close models that are no longer needed, or use a smaller batch or context");
     }
     if (big) madvise(*out, bytes, MADV_HUGEPAGE); /* a tenth more read bandwidth; no matter if refused */
@@ -168,31 +134,15 @@ static ql_status cpu_open(int index, int threads, void **out, ql_err *err)
     return QL_OK;
 }
 
-static void cpu_brand(char *out, size_t size)
-{
-    char line[256];
-    snprintf(out, size, "CPU");
-    FILE *f = fopen("/proc/cpuinfo", "re");
-    if (!f) return;
-    while (fgets(line, sizeof line, f)) {
-        const char *colon = strchr(line, ':');
-        if (!colon || strncmp(line, "model name", 10) != 0) continue;
-        size_t skip = strspn(colon + 1, " \t");
-        snprintf(out, size, "%.*s", (int)strcspn(colon + 1 + skip, "\n"), colon + 1 + skip);
-        break;
-    }
-    fclose(f);
-}
-
 static ql_status cpu_info(void *ctx, ql_device_info *out, ql_err *err)
 {
     (void)err;
     const cpu_context *c = ctx;
     *out = (ql_device_info){.threads = c->threads};
-    cpu_brand(out->name, sizeof out->name);
+    ql_process_cpu_name(out->name, sizeof out->name);
     snprintf(out->isa, sizeof out->isa, "%s", c->qk->isa);
-    out->memory_total = meminfo("MemTotal");
-    out->memory_free = memory_available();
+    out->memory_total = ql_process_memory_total();
+    out->memory_free = ql_process_memory_available();
     return QL_OK;
 }
 

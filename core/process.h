@@ -1,4 +1,5 @@
-/* What the operating system says of this process. Linux: /proc/self. */
+/* What the operating system says of this process and of the machine under it. Linux: /proc, /sys/fs/cgroup.
+ */
 #ifndef QL_PROCESS_H
 #define QL_PROCESS_H
 
@@ -13,5 +14,15 @@ typedef struct {
 ql_process_memory ql_process_memory_read(void);
 /* Let the peak start again from now; false where the kernel does not allow it. */
 bool ql_process_reset_peak(void);
+
+/* Bytes of memory the machine has, 0 when unknown. */
+size_t ql_process_memory_total(void);
+/* Bytes that can still be allocated: the least of what the machine, the control group and RLIMIT_AS leave. */
+size_t ql_process_memory_available(void);
+/* Bytes that the control group (version 2) in `folder` still grants, SIZE_MAX where it sets no limit. Pages
+ * of files count as free: the kernel takes them back before it refuses memory. */
+size_t ql_process_group_room(const char *folder);
+/* The processor's name in out[size], "CPU" when unknown. */
+void ql_process_cpu_name(char *out /* [OUT] */, size_t size);
 
 #endif
