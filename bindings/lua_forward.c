@@ -63,11 +63,13 @@ static void check_outputs(lua_State *L, int arg, qlua_rows *r)
     }
 }
 
-/* Runs protected: (function, name, ql_tensor*). */
+/* Runs protected: (function, const char *name, ql_tensor*). */
 static int ask_trace(lua_State *L)
 {
     const ql_tensor *value = lua_touserdata(L, 3);
     lua_pop(L, 1);
+    lua_pushstring(L, lua_touserdata(L, 2)); /* may raise: not before the call is protected */
+    lua_replace(L, 2);
     qlua_pressure(L, ql_tensor_bytes(value));
     ql_tensor *copy = qlua_tensor_push(L);
     ql_err err;
@@ -88,7 +90,7 @@ static ql_status run_trace(void *ud, const char *name, const ql_tensor *value, q
     qlua_callback *cb = ud;
     lua_pushcfunction(cb->L, ask_trace);
     lua_pushvalue(cb->L, cb->fn);
-    lua_pushstring(cb->L, name);
+    lua_pushlightuserdata(cb->L, (void *)(uintptr_t)name);
     lua_pushlightuserdata(cb->L, (void *)(uintptr_t)value);
     return qlua_callback_run(cb, 3, 0) ? QL_OK : ql_err_set(err, QL_ERR_ARG, "the trace raised an error");
 }
@@ -136,7 +138,7 @@ int qlua_model_forward(lua_State *L)
         self->passing = false;
         self->calls--;
         if (cb.raised) return lua_error(L);
-    } while (qlua_retry(L, status, &tries));
+    } while (!traced && qlua_retry(L, status, &tries)); /* a trace must not see a layer twice */
     if (status != QL_OK) return qlua_fail(L, &err);
     lua_settop(L, box);
     return 1;

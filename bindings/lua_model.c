@@ -149,12 +149,14 @@ static bool codebook(lua_State *L, int spec, double code[16])
     return true;
 }
 
-/* Runs protected: (function, name, n, k, ql_quant_spec*) -> whether to quantize. */
+/* Runs protected: (function, const char *name, n, k, ql_quant_spec*) -> whether to quantize. */
 static int ask_policy(lua_State *L)
 {
     static const char *const known[] = {"scheme", "codebook", "block", "double", "dtype", NULL};
     ql_quant_spec *spec = lua_touserdata(L, 5);
     lua_settop(L, 4);
+    lua_pushstring(L, lua_touserdata(L, 2)); /* may raise: not before the call is protected */
+    lua_replace(L, 2);
     lua_call(L, 3, 1);
     if (!lua_toboolean(L, 1)) {
         lua_pushboolean(L, false);
@@ -182,7 +184,7 @@ static bool apply_policy(void *ud, const char *name, int64_t n, int64_t k, ql_qu
     lua_State *L = cb->L;
     lua_pushcfunction(L, ask_policy);
     lua_pushvalue(L, cb->fn);
-    lua_pushstring(L, name);
+    lua_pushlightuserdata(L, (void *)(uintptr_t)name);
     lua_pushinteger(L, n);
     lua_pushinteger(L, k);
     lua_pushlightuserdata(L, spec);
@@ -335,7 +337,7 @@ static int model_memory(lua_State *L)
 
 static int model_reset_peak(lua_State *L)
 {
-    ql_arena_reset_peak(qlua_model_check(L, 1)->arena);
+    ql_llama_reset_peak(qlua_model_box_free(L, 1)->model);
     return 0;
 }
 

@@ -72,6 +72,14 @@ typedef struct {
     void *block;
 } layout;
 
+static ql_status check_context(const ql_llama *m, int row, int64_t tokens, ql_err *err)
+{
+    if (tokens <= m->max_context) return QL_OK;
+    ql_err_set(err, QL_ERR_ARG, "row %d has %lld tokens, the model's context is %lld", row + 1,
+               (long long)tokens, (long long)m->max_context);
+    return ql_err_hint(err, "shorten the prompt, or load with a larger max_context if the model allows it");
+}
+
 static ql_status check_row(const ql_llama *m, const ql_kvcache *cache, const ql_batch *b, int row,
                            ql_err *err)
 {
@@ -86,12 +94,7 @@ static ql_status check_row(const ql_llama *m, const ql_kvcache *cache, const ql_
         return ql_err_set(err, QL_ERR_ARG, "row %d names sequence %d of a cache of %d", row + 1, seq + 1,
                           cache->sequences);
     int64_t end = (int64_t)cache->length[seq] + b->lengths[row];
-    if (end > m->max_context) {
-        ql_err_set(err, QL_ERR_ARG, "row %d has %lld tokens, the model's context is %lld", row + 1,
-                   (long long)end, (long long)m->max_context);
-        return ql_err_hint(err,
-                           "shorten the prompt, or load with a larger max_context if the model allows it");
-    }
+    TRY(check_context(m, row, end, err));
     if (end > cache->capacity[seq])
         return ql_err_set(err, QL_ERR_ARG, "row %d needs %lld cache slots, its sequence has %d", row + 1,
                           (long long)end, cache->capacity[seq]);
@@ -300,8 +303,17 @@ fail:
     return status;
 }
 
+void ql_llama_reset_peak(ql_llama *m)
+{
+    work_free(&m->work);
+    ql_rope_drop(&m->rope);
+    ql_arena_reset_peak(m->arena);
+}
+
 ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql_kvcache *out, ql_err *err)
 {
+    memset(out, 0, sizeof *out);
+    for (int i = 0; i < sequences; i++) TRY(check_context(m, i, capacity[i], err));
     return ql_kvcache_new(m->device, m->arena, (int)m->config.layers, m->config.kv_heads, m->config.head_dim,
                           sequences, capacity, out, err);
 }

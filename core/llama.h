@@ -60,7 +60,11 @@ ql_status ql_llama_quantize(const ql_llama *full, ql_quant_policy policy, void *
 ql_status ql_llama_save(const ql_llama *m, const char *folder, const ql_save_options *options, ql_err *err);
 void ql_llama_free(ql_llama *m);
 
-/* A cache for `sequences` rows of the given capacities (tokens). */
+/* Let the high-water marks start again from what the model holds without a pass: working memory and rotary
+ * tables go first, so that a smaller pass is not charged with a larger one before it. Not inside a pass. */
+void ql_llama_reset_peak(ql_llama *m);
+
+/* A cache for `sequences` rows of the given capacities (tokens), none above the model's context. */
 ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql_kvcache *out /* [OUT] */,
                          ql_err *err);
 

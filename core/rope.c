@@ -87,10 +87,16 @@ ql_status ql_rope_reserve(ql_rope *r, ql_device *dev, ql_arena *arena, int64_t p
     return QL_OK;
 }
 
+void ql_rope_drop(ql_rope *r)
+{
+    ql_tensor_free(&r->cos);
+    ql_tensor_free(&r->sin);
+    r->positions = 0;
+}
+
 void ql_rope_free(ql_rope *r)
 {
     ql_free(r->inv_freq);
-    ql_tensor_free(&r->cos);
-    ql_tensor_free(&r->sin);
+    ql_rope_drop(r);
     memset(r, 0, sizeof *r);
 }

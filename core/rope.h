@@ -23,6 +23,8 @@ ql_status ql_rope_init(const ql_config *config, ql_rope *out /* [OUT] */, ql_err
 int64_t ql_rope_positions(int64_t longest);
 /* Make the table hold at least `positions`; doubles, so that decoding does not rebuild it each token. */
 ql_status ql_rope_reserve(ql_rope *r, ql_device *dev, ql_arena *arena, int64_t positions, ql_err *err);
+/* Give the tables back; the next ql_rope_reserve makes them again. */
+void ql_rope_drop(ql_rope *r);
 void ql_rope_free(ql_rope *r);
 
 #endif

@@ -63,6 +63,34 @@ describe("a model's memory", function()
     assert.equal(2, again:size(1))
   end)
 
+  it("is not charged with a larger pass before the high-water mark was set back", function()
+    local model <close> = tiny { dtype = "float32" }
+    for _, tokens in ipairs { 500, 300, 40, 1 } do
+      model:reset_peak()
+      assert.equal(0, model:memory().activations)
+      local logits <close> = assert(model:forward(support.ids(tokens, 256, tokens), { rows = "last" }))
+      assert.equal(1, logits:size(1))
+      local peak, expected = model:memory().peak, model:expected_memory(1, tokens, 1)
+      for _, kind in ipairs(KINDS) do
+        local share = peak[kind] / expected[kind]
+        assert.is_true(share <= 1 and share > 0.99, ("%s of %d: %d, expected %d"):format(kind, tokens,
+          peak[kind], expected[kind]))
+      end
+    end
+    assert.has_error(function()
+      model:forward({ 1, 2 }, { trace = function() model:reset_peak() end })
+    end)
+  end)
+
+  it("of a row beyond the context is refused before it is taken", function()
+    local model <close> = assert(qlua.load_synthetic("tiny", { device = support.device() }))
+    local context = model:info().max_context
+    local ok, message = pcall(model.forward, model, support.ids(context + 1, 256, 1))
+    assert.is_false(ok)
+    assert.truthy(tostring(message):find("the model's context is " .. context, 1, true))
+    assert.equal(0, model:memory().peak.kv)
+  end)
+
   it("of generation has room for prompt and answer", function()
     local model <close> = tiny()
     local slot = 2 * 2 * 2 * 16 * 4 -- keys and values, layers, heads, width, bytes
