@@ -55,7 +55,7 @@ void qlua_options_usage(const qlua_options *options, char **argv, const char *pr
         fprintf(stderr, "%s: unrecognized option '%s'\n", program, bad);
     fprintf(stderr,
             "usage: %s [options] [script [args]]\n"
-            "       %s doctor|pull|quantize|report|compare [args]\n"
+            "       %s doctor [args]\n"
             "  -e stat   run the string stat\n"
             "  -i        read from the prompt after running the script\n"
             "  -l mod    load the module mod into the global mod\n"

@@ -258,15 +258,19 @@ function data.subject(path)
 end
 
 --- The file that holds the examples for few-shot prompts of `path`, as MMLU lays its folders out:
---- test/virology_test.csv -> dev/virology_dev.csv, or the same folder when there is no folder `test`.
+--- test/virology_test.csv -> dev/virology_dev.csv, or the same folder when there is no folder `test`. Never
+--- the file of the questions itself.
 ---@param path string
----@return string
+---@return string?, qlua.failure?
 function data.dev_path(path)
   local folder, name = path:match("^(.*/)([^/]*)$")
   folder, name = folder or "", name or path
-  local dev_name = name:gsub("_test(%.%w+)$", "_dev%1")
-  local dev_folder = folder:gsub("test/$", "dev/")
-  return dev_folder .. dev_name
+  local dev_name, renamed = name:gsub("_test(%.%w+)$", "_dev%1")
+  if renamed == 0 then
+    return nil, failure("argument", ("%s: no name for its few-shot examples"):format(path),
+      "name the files <subject>_test.csv and <subject>_dev.csv")
+  end
+  return folder:gsub("test/$", "dev/") .. dev_name
 end
 
 --- The first items of a list as lm-eval's --limit counts: a share of the list below 1 (rounded up), else a

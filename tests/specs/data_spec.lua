@@ -130,6 +130,9 @@ describe("small things", function()
   it("finds the dev file", function()
     assert.equal("m/dev/x_dev.csv", data.dev_path("m/test/x_test.csv"))
     assert.equal("x_dev.csv", data.dev_path("x_test.csv"))
+    local none, err = data.dev_path("x.csv") -- else the questions would be their own examples
+    assert.is_nil(none)
+    assert.truthy(err.message:find("x.csv", 1, true))
   end)
 
   it("takes and filters as lm-eval's --limit", function()
