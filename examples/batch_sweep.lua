@@ -27,14 +27,7 @@ local opts = cli.parse {
 }
 local run <close> = experiment.open("batch_sweep.lua", opts)
 
-local rows, too_long = {}, 0
-local longest = math.min(opts.max_length, run.full:info().max_context)
-for _, item in ipairs(run.items) do
-  local ids = run:must(run.tokenizer:encode(item.question, { bos = true }))
-  if #ids > longest then too_long = too_long + 1 else rows[#rows + 1] = ids end
-end
-if #rows == 0 then run:must(nil, ("no question has at most %d tokens (--max_length)"):format(longest)) end
-
+local rows, too_long = run:question_rows("question", opts.max_length)
 local points = sweep.run(run, rows, { sizes = opts.batch_sizes, runs = opts.runs, warmup = opts.warmup,
   logits = opts.logits, seed = opts.seed })
 results.sweep(run, points, { questions = #run.items, too_long = too_long })

@@ -29,19 +29,10 @@ local kept = metrics.per_item("kept_confidence", true, function(reference, test)
 end)
 
 local list = table.move(run.metrics, 1, #run.metrics, 3, { kept, metrics.kl() })
-local rows, too_long = {}, 0
-for index, item in ipairs(run.items) do
-  local ids = run:must(run.tokenizer:encode(item.question, { bos = true }))
-  if #ids > run.full:info().max_context then
-    too_long = too_long + 1
-  else
-    rows[#rows + 1] = { ids = ids, item = { index = index, question = item.question } }
-  end
-end
+local rows, too_long = run:question_rows "question"
 local bar <close> = run:progress(#rows, "questions")
 run:must(evaluate.last_positions(run.full, run.test, rows, { batch_size = opts.batch_size, progress = bar,
   each = function(reference, test, item) metrics.add(list, reference, test, item) end }))
 bar:close()
 results.metrics(run, { task = run.items.subject .. ", after the question", questions = #run.items,
-  too_long = too_long,
-  rows = rows, pair = metrics.summary(list, opts.seed), control = {} })
+  too_long = too_long, rows = rows, pair = metrics.summary(list, opts.seed), control = {} })

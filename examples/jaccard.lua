@@ -11,7 +11,6 @@ local evaluate = require "qlua.evaluate"
 local experiment = require "qlua.experiment"
 local metrics = require "qlua.metrics"
 local results = require "qlua.results"
-local tasks = require "qlua.tasks"
 
 local opts = cli.parse {
   name = "jaccard.lua",
@@ -26,24 +25,12 @@ local opts = cli.parse {
   },
 }
 local run <close> = experiment.open("jaccard.lua", opts)
-local info = run.full:info()
+local vocab = run.full:info().vocab
 for _, k in ipairs(opts.k) do
-  if k > info.vocab then run:must(nil, ("--k %d is larger than the vocabulary of %d"):format(k,
-    info.vocab)) end
+  if k > vocab then run:must(nil, ("--k %d is larger than the vocabulary of %d"):format(k, vocab)) end
 end
 
-local rows, too_long = {}, 0
-local task = tasks.mmlu { subject = run.items.subject }
-for index, item in ipairs(run.items) do
-  local text = opts.position == "question" and item.question or task:prompt(item)
-  local ids = run:must(run.tokenizer:encode(text, { bos = true }))
-  if #ids > info.max_context then
-    too_long = too_long + 1
-  else
-    rows[#rows + 1] = { ids = ids, item = { index = index, question = item.question, choices = item.choices,
-      answer = item.answer } }
-  end
-end
+local rows, too_long = run:question_rows(opts.position)
 
 local function measures(user)
   local list = {}

@@ -31,13 +31,12 @@ local opts = cli.parse {
 local post = opts.protocol == "post"
 if post and opts.dtype == "auto" then opts.dtype = "float32" end
 if post then opts.batch_size = 1 end
-local run <close> = experiment.open("mmlu.lua", opts)
+local run <close> = experiment.open("mmlu.lua", opts, { several = true })
 local models = { run.full, run.test }
-local context = run.full:info().max_context
 
 --- One task: tokenize, run both models, gather.
 local function outcome(o, evaluator)
-  o.prepared = evaluate.prepare(run.tokenizer, o.task, o.items, { max_context = context,
+  o.prepared = evaluate.prepare(run.tokenizer, o.task, o.items, { max_context = run.context,
     template = o.template })
   local bar <close> = run:progress(#o.items, o.task.name)
   o.evaluations = run:must(evaluator(o.prepared, bar))
@@ -45,7 +44,7 @@ local function outcome(o, evaluator)
 end
 
 local function by_loglikelihood(items)
-  local fewshot = opts.num_fewshot > 0 and run:must(data.read(data.dev_path(items.path))) or nil
+  local fewshot = opts.num_fewshot > 0 and run:fewshot(items) or nil
   local task = tasks.mmlu { subject = items.subject, fewshot = fewshot, num_fewshot = opts.num_fewshot }
   local template = opts.apply_chat_template and run:template(opts.apply_chat_template) or nil
   local list = { metrics.kl(), metrics.delta_p() }

@@ -36,16 +36,21 @@ end
 local text, unreadable = read(opts.text)
 if not text then cli.fail("perplexity.lua", unreadable) end
 local run <close> = experiment.open("perplexity.lua", opts)
-local longest = math.min(run.full:info().max_context, run.test:info().max_context)
-local context = opts.context or math.min(512, longest)
-if context > longest then
-  run:must(nil, ("--context %d is longer than the model's context of %d"):format(context, longest))
+local context = opts.context or math.min(512, run.context)
+if context > run.context then
+  run:must(nil, ("--context %d is longer than the model's context of %d"):format(context, run.context))
 end
 
 local ids = run:must(run.tokenizer:encode(text, { bos = false }))
 local with_bos = run:must(run.tokenizer:encode("a", { bos = true }))
 local bos = with_bos[1] ~= run:must(run.tokenizer:encode("a", { bos = false }))[1] and with_bos[1] or nil
 local windows = run:must(perplexity.windows(ids, { context = context, bos = bos, limit = opts.limit }))
+
+local predictions = #windows * #windows[1].targets
+if predictions < 2 then
+  run:must(nil, ("%d prediction is too few for standard errors: raise --context (%d) or --limit (%d)"):format(
+    predictions, context, #windows))
+end
 
 local bar <close> = run:progress(#windows, "windows")
 local values = run:must(perplexity.run(run.full, run.test, windows, function() bar:step() end))

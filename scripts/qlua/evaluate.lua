@@ -351,16 +351,17 @@ function evaluate.generation(models, tok, task, prepared, options)
   return evaluations
 end
 
---- Shares of one model's results: { n, correct, unparsed, accuracy }; accuracy is over all n.
+--- Shares of one model's results: { n, correct, unparsed, accuracy }; accuracy is over all n, nil where n is
+--- 0.
 ---@param evaluation qlua.evaluation
----@return { n: integer, correct: integer, unparsed: integer, accuracy: number }
+---@return { n: integer, correct: integer, unparsed: integer, accuracy: number? }
 function evaluate.accuracy(evaluation)
   local n, correct, unparsed = #evaluation.results, 0, 0
   for _, r in ipairs(evaluation.results) do
     if r.correct then correct = correct + 1 end
     if not r.answer then unparsed = unparsed + 1 end
   end
-  return { n = n, correct = correct, unparsed = unparsed, accuracy = n > 0 and correct / n or 0 / 0 }
+  return { n = n, correct = correct, unparsed = unparsed, accuracy = n > 0 and correct / n or nil }
 end
 
 return evaluate

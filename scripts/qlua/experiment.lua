@@ -9,11 +9,15 @@
 local chat = require "qlua.chat"
 local cli = require "qlua.cli"
 local data = require "qlua.data"
+local export = require "qlua.export"
+local failure = require "qlua.failure"
 local metrics = require "qlua.metrics"
+local policy = require "qlua.policy"
 local progress = require "qlua.progress"
 local qlua = require "qlua"
 local sys = require "qlua.sys"
 local table_text = require "qlua.table"
+local tasks = require "qlua.tasks"
 
 local experiment = {}
 
@@ -40,7 +44,8 @@ experiment.model_options = {
     check = function(n)
       if n < 32 or n > 4096 or n & (n - 1) ~= 0 then return "is not a power of two from 32 to 4096" end
     end },
-  { "skip", kind = "strings", default = { "lm_head" }, help = "modules that stay as they are" },
+  { "skip", kind = "strings", default = { "lm_head" },
+    help = "modules that stay as they are, in place of the default" },
   "dtype", "device", "threads", "max_context", "seed",
 }
 
@@ -66,7 +71,10 @@ end
 ---@field items qlua.items       questions of the first task
 ---@field tasks qlua.items[]     questions of every task
 ---@field metrics qlua.metric[]  the user's own
----@field begin number
+---@field context integer        tokens that both models can take
+---@field tokenizer qlua.tokenizer
+---@field date integer           seconds since 1970, when the run began
+---@field stdout_is_terminal boolean
 local run = {}
 run.__index = run
 
@@ -74,6 +82,37 @@ run.__index = run
 function run:must(value, err)
   if value == nil or value == false then cli.fail(self.name, err) end
   return value, err
+end
+
+--- Several question files: only where a script takes them, and each under a name of its own.
+function run:check_tasks(several)
+  if not several then self:must(nil, "--tasks: this script takes one file") end
+  local names = {}
+  for i, items in ipairs(self.tasks) do
+    if names[items.subject] then
+      self:must(nil, ("--tasks: %s and %s are both the subject '%s'"):format(
+        self.opts.tasks[names[items.subject]],
+        self.opts.tasks[i], items.subject))
+    end
+    names[items.subject] = i
+  end
+end
+
+--- Refuses what would make a comparison of nothing: a full model that is in 4 bits already, a name to skip
+--- that is in no module's.
+function run:check_scheme()
+  if self.full:info().quant.quantized > 0 then
+    self:must(nil, failure("argument", self.opts.model .. ": this checkpoint is already quantized",
+      "give the 16-bit one as --model, and this one as --quantized"))
+  end
+  for _, entry in ipairs(self.opts.skip) do
+    local found = false
+    for _, m in ipairs(self.full:matrices()) do found = found or policy.matches(m.name, entry) end
+    if not found then
+      self:must(nil, failure("argument", ("--skip %s: no module of the model has that name"):format(entry),
+        "names are like lm_head, mlp, layers.0 or self_attn.q_proj"))
+    end
+  end
 end
 
 --- What model:quantize takes, from the flags.
@@ -93,12 +132,15 @@ run.__close = run.close
 --- Opens device and models; with `tasks` among the options, reads the questions too.
 ---@param name string  of the script, for messages
 ---@param opts table   from cli.parse
----@param needs? { tokenizer: boolean?, twin: boolean? }  defaults: true
+---@param needs? { tokenizer: boolean?, twin: boolean?, several: boolean? }  several task files; defaults:
+---  true, true, false
 ---@return qlua.experiment
 function experiment.open(name, opts, needs)
   needs = needs or {}
   local self = setmetatable({ name = name, opts = opts, date = os.time(),
     stdout_is_terminal = sys.isatty(1) }, run)
+  if opts.output_path then self:must(export.writable(opts.output_path)) end
+  if opts.log_samples and not opts.output_path then self:must(nil, "--log_samples needs --output_path") end
   self.metrics = self:must(metrics.load_all(opts.metric))
   if opts.tasks then
     self.tasks = {}
@@ -107,10 +149,12 @@ function experiment.open(name, opts, needs)
       self.tasks[i] = data.take(items, opts.limit)
     end
     self.items = self.tasks[1]
+    if #self.tasks > 1 then self:check_tasks(needs.several) end
   end
   self.device = self:must(qlua.device(opts.device, { threads = opts.threads }))
   local load_options = { dtype = opts.dtype, max_context = opts.max_context }
   self.full = self:must(self.device:load(opts.model, load_options))
+  self.context = self.full:info().max_context
   if needs.tokenizer ~= false then self.tokenizer = self:must(self.full:tokenizer()) end
   if needs.twin ~= false then
     if opts.quantized then
@@ -119,9 +163,11 @@ function experiment.open(name, opts, needs)
         self:must(nil, ("%s: its vocabulary is not that of %s"):format(opts.quantized, opts.model))
       end
     else
+      self:check_scheme()
       self.test = self:must(self.full:quantize(self:scheme()))
     end
     self.labels = { "full", self.test:info().quant.label }
+    self.context = math.min(self.context, self.test:info().max_context)
   end
   return self
 end
@@ -135,6 +181,52 @@ function run:template(name, optional)
   local template, err = chat.load(self.full:info().folder, name)
   if not template and optional and not name and err.code == "not_found" then return nil end
   return self:must(template, err)
+end
+
+--- The answered examples for few-shot prompts of a task, from its dev file: at least --num_fewshot.
+---@param items qlua.items
+---@return qlua.items
+function run:fewshot(items)
+  local path = self:must(data.dev_path(items.path))
+  local examples = self:must(data.read(path))
+  if #examples < self.opts.num_fewshot then
+    self:must(nil, ("%s: %d examples, --num_fewshot asks for %d"):format(path, #examples,
+      self.opts.num_fewshot))
+  end
+  return examples
+end
+
+--- Every question as one row of tokens, with BOS: { ids, item = { index, question, choices, answer } }. Those
+--- with more than `longest` tokens (default: what both models can take) are left out and counted; the script
+--- ends where none is left.
+---@param position? "question"|"answer"  the bare question, or MMLU's prompt up to the letter
+---@param longest? integer
+---@return { ids: integer[], item: table }[] rows, integer too_long
+function run:question_rows(position, longest)
+  longest = math.min(longest or self.context, self.context)
+  local rows, too_long, task = {}, 0, tasks.mmlu { subject = self.items.subject }
+  for index, item in ipairs(self.items) do
+    local text = position == "answer" and task:prompt(item) or item.question
+    local ids = self:must(self.tokenizer:encode(text, { bos = true }))
+    if #ids > longest then
+      too_long = too_long + 1
+    else
+      rows[#rows + 1] = { ids = ids, item = { index = index, question = item.question,
+        choices = item.choices, answer = item.answer } }
+    end
+  end
+  self:some(#rows, too_long, longest)
+  return rows, too_long
+end
+
+--- Ends the script where no question is left to be scored.
+---@param scored integer
+---@param too_long integer
+---@param longest integer
+function run:some(scored, too_long, longest)
+  if scored > 0 then return end
+  self:must(nil, ("nothing to score: of %d questions %d are longer than %d tokens"):format(#self.items,
+    too_long, longest))
 end
 
 --- A progress line on stderr.

@@ -45,7 +45,7 @@ end
 ---  table[] }
 function results.metrics(run, r)
   say(run:header(), ("task      %s: %s\n\n"):format(r.task, accounted(r.questions, #r.rows, r.too_long,
-    run.full:info().max_context, run.items.all)))
+    run.context, run.items.all)))
   local control = {}
   for _, row in ipairs(r.control) do control[row.name] = row end
   local t = tables.new { "metric", { "mean [95 % bootstrap]", align = "right" }, { "median",
@@ -173,7 +173,7 @@ function results.mmlu(run, outcomes)
     for _, p in ipairs(o.prepared) do if p.too_long then too_long = too_long + 1 end end
     o.too_long = too_long
     say(("task      %s: %s\n"):format(o.task.name, accounted(#o.items, #o.items - too_long, too_long,
-      run.full:info().max_context, o.items.all)))
+      run.context, o.items.all)))
   end
   say "\n"
   say(mmlu_table(run, outcomes):text { bold = tables.bold_allowed(run.stdout_is_terminal) })
@@ -255,7 +255,7 @@ function results.variants(run, rows, note)
   end
   say(run:header(), ("task      %s: %s\n\n"):format(run.items.subject, accounted(#run.items, rows.scored,
     rows.too_long,
-    run.full:info().max_context, run.items.all)))
+    run.context, run.items.all)))
   say(t:text { bold = tables.bold_allowed(run.stdout_is_terminal) }, "\n", note, "\n")
   if run.opts.output_path then written(export.variants(run, rows)) end
 end

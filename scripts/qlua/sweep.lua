@@ -25,7 +25,7 @@ local function plan(rows, size, passes, seed)
     while #batch < size do
       for _, index in ipairs(stats.shuffled(#rows, seed * 1000003 + i + #batch, math.min(size - #batch,
         #rows))) do
-        batch[#batch + 1] = rows[index]
+        batch[#batch + 1] = rows[index].ids
       end
     end
     list[i] = batch
@@ -56,7 +56,7 @@ end
 
 --- Every batch size with both models. Returns points ordered by batch size, then model.
 ---@param run qlua.experiment
----@param rows integer[][]
+---@param rows { ids: integer[] }[]
 ---@param options { sizes: integer[], runs: integer, warmup: integer, logits: "all"|"last", seed: integer }
 ---@return qlua.sweep_point[]
 function sweep.run(run, rows, options)

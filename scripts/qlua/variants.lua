@@ -30,12 +30,12 @@ end
 ---@return qlua.variant[]
 function variants.run(run, list)
   local task = tasks.mmlu { subject = run.items.subject }
-  local prepared = evaluate.prepare(run.tokenizer, task, run.items,
-    { max_context = run.full:info().max_context })
-  local bar <close> = run:progress(#run.items * #list, "questions")
+  local prepared = evaluate.prepare(run.tokenizer, task, run.items, { max_context = run.context })
   local done = { too_long = 0 }
   for _, p in ipairs(prepared) do if p.too_long then done.too_long = done.too_long + 1 end end
   done.scored = #prepared - done.too_long
+  run:some(done.scored, done.too_long, run.context)
+  local bar <close> = run:progress(done.scored * #list, "questions")
   for i, entry in ipairs(list) do
     local twin <close> = run:must(run.full:quantize(entry.spec or { policy = function() return nil end }))
     local kl, agreement = metrics.kl(), metrics.agreement()

@@ -160,6 +160,22 @@ describe("bad input", function()
   end)
 end)
 
+describe("no question that fits", function()
+  it("ends the script with one line, or leaves the table empty", function()
+    for _, script in ipairs(SCRIPTS) do
+      local out, err, code = run(script, "--limit", "3", "--max_context", "4", "--output_path",
+        folder .. "/results")
+      if script == "mmlu" then
+        assert.equal(0, code, err)
+        assert.truthy(out:find("3 questions, 0 scored, 3 longer than the 4-token context", 1, true), out)
+      else
+        assert.equal(1, code, err)
+        assert.equal(script .. ".lua: nothing to score: of 3 questions 3 are longer than 4 tokens\n", err)
+      end
+    end
+  end)
+end)
+
 describe("out of memory", function()
   --- Runs an example with at most `kib` of address space.
   local function limited(kib, ...)

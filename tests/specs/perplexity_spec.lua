@@ -167,6 +167,10 @@ describe("perplexity", function()
       output, ok = run ""
       assert.falsy(ok)
       assert.truthy(output:find("--text is required", 1, true), output)
+      output, ok = run(("--text tests/golden/README.md --context 4 --limit 1 --model %s"):format(
+        "examples/models/demo"))
+      assert.falsy(ok)
+      assert.truthy(output:find("--context (4)", 1, true) and output:find("--limit (1)", 1, true), output)
     end)
   end)
 end)
