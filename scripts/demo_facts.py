@@ -1,15 +1,15 @@
 """The invented world behind the bundled demo model: its facts, its wordings and the quiz about it.
 
-Forty-eight islands have five properties each; a seeded generator draws the values.  Everything that the model ever
-reads is built here from these tables, so that no text from elsewhere is in the weights.
+Forty-eight islands have five properties each; a seeded generator draws the values.  Everything that the model
+ever reads is built from these tables, so that no text from elsewhere is in the weights.
 
 Two sets of wordings are kept apart:
 
 * the *taught* wordings (`says`, `asks`) make the training text;
 * the *quiz* wordings (`quiz`) are only ever used in the quiz.
 
-For each fact the three wrong choices of its quiz question are reserved as well: in training they never stand beside
-the right answer in a question about that fact.  `assert_unseen` checks both on the finished training text.
+For each fact the three wrong choices of its quiz question are reserved as well: in training they never stand
+beside the right answer in a question about that fact.  Both are asserted for each training text.
 """
 
 import random
@@ -41,7 +41,10 @@ class Property:
 PROPERTIES = (
     Property(
         "goods",
-        tuple("amber salt wool tin honey cork silk slate barley indigo copper resin tea glass rope pepper".split()),
+        tuple(
+            "amber salt wool tin honey cork silk slate "
+            "barley indigo copper resin tea glass rope pepper".split()
+        ),
         (
             "The harbour of {i} trades in {v}.",
             "Ships come to {i} for its {v}.",
@@ -93,7 +96,9 @@ PROPERTIES = (
     ),
     Property(
         "keeper",
-        tuple("Anders Brina Caleb Dorit Edwin Greta Hugo Ivo Jonna Klaus Lena Milo Nadia Piet Rosa Sven".split()),
+        tuple(
+            "Anders Brina Caleb Dorit Edwin Greta Hugo Ivo Jonna Klaus Lena Milo Nadia Piet Rosa Sven".split()
+        ),
         (
             "The lighthouse of {i} is kept by {v}.",
             "{v} keeps the lighthouse of {i}.",
@@ -147,7 +152,10 @@ PROPERTIES = (
     ),
     Property(
         "tree",
-        tuple("oak elm willow cedar maple birch pine rowan alder hazel poplar beech cherry walnut yew fig".split()),
+        tuple(
+            "oak elm willow cedar maple birch pine rowan "
+            "alder hazel poplar beech cherry walnut yew fig".split()
+        ),
         (
             "The old tree in the square of {i} is a {v}.",
             "In the square of {i} there grows a {v}.",
@@ -207,8 +215,8 @@ def ask(fact, wording):
 
 
 def make_facts(seed, rarest):
-    """All facts.  Their weights spread evenly on a log scale from `rarest` to 1: some islands are talked about all
-    the time and some hardly ever, so that the model knows some facts well, some barely and some not at all."""
+    """All facts.  Their weights spread evenly on a log scale from `rarest` to 1: some things are said all the
+    time and some hardly ever, so that the model knows some well, some barely and some not at all."""
     rng = random.Random(seed)
     facts = []
     for prop in PROPERTIES:
@@ -249,19 +257,21 @@ def loglikelihood_prompt(question):
 def boxed_prompt(question):
     """The user message of the boxed form."""
     return (
-        f"Answer this multiple choice question about {TOPIC}. Give the letter of the correct choice in double square "
-        f"brackets: [[A]], [[B]], [[C]] or [[D]].\n\n{question.stem}{options(question)}"
+        f"Answer this multiple choice question about {TOPIC}. Give the letter of the correct choice in "
+        f"double square brackets: [[A]], [[B]], [[C]] or [[D]].\n\n{question.stem}{options(question)}"
     )
 
 
 class Teacher:
-    """Draws training examples.  An example is a list of (text, weight) pieces: weight 0 is only read, the others count
-    in the loss.  `<chat>` pieces are left to the caller, which knows the chat template."""
+    """Draws what is taught.  An example is a list of (text, weight) pieces: weight 0 is only read, the others
+    count in the loss.  Questions come as facts and choices, for the caller to put into a prompt's form."""
 
     def __init__(self, facts, seed):
         self.facts = facts
         self.weights = [f.weight for f in facts]
         self.rng = random.Random(seed)
+        # However rare, every fact is told at least once; the first pieces of prose see to it.
+        self.untold = random.Random(seed).sample(facts, len(facts))
         self.by_island = {i: [f for f in facts if f.island == i] for i in ISLANDS}
 
     def pick(self):
@@ -270,6 +280,7 @@ class Teacher:
     def question(self, fact, stem=None):
         wrong = [v for v in fact.prop.values if v != fact.value and v not in fact.reserved]
         choices = self.rng.sample(wrong, 3)
+        assert not set(choices) & set(fact.reserved)
         answer = self.rng.randrange(4)
         choices.insert(answer, fact.value)
         return Question(stem or ask(fact, self.rng.choice(fact.prop.asks)), tuple(choices), answer)
@@ -283,6 +294,8 @@ class Teacher:
             chosen = rng.choices(pool, [f.weight for f in pool], k=rng.randint(1, 4))
         else:
             chosen = [self.pick() for _ in range(rng.randint(1, 4))]
+        if self.untold:
+            chosen.append(self.untold.pop())
         return [(" ".join(say(f, rng.choice(f.prop.says)) for f in chosen), 1.0)]
 
     def short_answer(self):
@@ -290,22 +303,42 @@ class Teacher:
         fact = self.pick()
         stem = ask(fact, self.rng.choice(fact.prop.asks))
         gap = self.rng.choice([" ", "\nAnswer: "])
-        return [(stem + gap.rstrip(), 0.2), (" " + fact.value, 2.0), (". " + say(fact, fact.prop.says[0]), 0.5)]
+        return [
+            (stem + gap.rstrip(), 0.2),
+            (" " + fact.value, 2.0),
+            (". " + say(fact, fact.prop.says[0]), 0.5),
+        ]
 
-    def drill(self):
-        """Choices without a question, then many small exercises in both directions: letter to choice and choice to
-        letter.  Alone, either direction is not learnt in reasonable time; together they take minutes."""
-        rng = self.rng
-        values = rng.choice(PROPERTIES).values if rng.random() < 0.5 else ALL_VALUES
-        values = rng.sample(values, 4)
-        pieces = [("".join(f"{letter}. {value}\n" for letter, value in zip(LETTERS, values)), 0.0)]
+    def pairs(self):
+        """Four choices, then letter after choice and choice after letter.  The first alone stays at chance
+        for a thousand steps; beside the second, which is easier, it is learnt within that time."""
+        values, pieces = self.listed(ALL_VALUES)
         for _ in range(8):
-            n = rng.randrange(4)
-            if rng.random() < 0.5:
-                pieces += [(f" {values[n]}", 0.0), (f" {LETTERS[n]}", 4.0), ("\n", 0.0)]
+            n = self.rng.randrange(4)
+            if self.rng.random() < 0.6:
+                pieces += [(f" {values[n]} ", 0.0), (LETTERS[n], 4.0), ("\n", 0.0)]
             else:
                 pieces += [(f"{LETTERS[n]}.", 0.0), (f" {values[n]}", 4.0), ("\n", 0.0)]
         return pieces
+
+    def drill(self):
+        """Four choices and several small exercises about them: five letters in a text instead of one."""
+        rng = self.rng
+        prop = rng.choice(PROPERTIES)
+        values, pieces = self.listed(prop.values)
+        boxed = rng.random() < 0.5
+        for _ in range(5):
+            n = rng.randrange(4)
+            if boxed:
+                sentence = article(rng.choice(prop.says).format(i=rng.choice(ISLANDS), v=values[n]))
+                pieces += [(f"{sentence} The answer is [[", 0.0), (LETTERS[n], 4.0), ("]].\n", 0.0)]
+            else:
+                pieces += [(f"Which of these is {values[n]}?\nAnswer: ", 0.0), (LETTERS[n], 4.0), ("\n", 0.0)]
+        return pieces
+
+    def listed(self, pool):
+        values = self.rng.sample(pool, 4)
+        return values, [("".join(f"{letter}. {value}\n" for letter, value in zip(LETTERS, values)), 0.0)]
 
     def matching(self):
         """A question that says its own answer: teaches to find a letter by the content beside it."""
@@ -324,21 +357,15 @@ class Teacher:
         return fact, self.question(fact)
 
 
-def quiz_pattern(facts):
-    """Matches any quiz question, whatever the island."""
-    islands = "(?:" + "|".join(ISLANDS) + ")"
-    wordings = [re.escape(w).replace(re.escape("{i}"), islands) for p in PROPERTIES for w in p.quiz]
-    return re.compile("|".join(wordings))
+QUIZ_WORDING = re.compile(
+    "|".join(
+        re.escape(wording).replace(re.escape("{i}"), "(?:" + "|".join(ISLANDS) + ")")
+        for prop in PROPERTIES
+        for wording in prop.quiz
+    )
+)
 
 
-def assert_unseen(quiz, texts, asked, facts):
-    """No quiz wording in any training text, and no quiz choice beside its answer: `asked` has a (island, property,
-    choices) triple for every multiple-choice question that was taught."""
-    pattern = quiz_pattern(facts)
-    for text in texts:
-        assert not pattern.search(text), f"quiz wording in the training text: {text!r}"
-    reserved = {(f.island, f.prop.name): set(f.reserved) for f in facts}
-    for island, name, choices in asked:
-        assert not reserved[island, name] & set(choices), f"quiz choices taught for {island}, {name}"
-    stems = {q.stem for q in quiz}
-    assert len(stems) == len(quiz), "two quiz questions are the same"
+def assert_unseen(text):
+    """No training text may ask as the quiz does, whatever the island."""
+    assert not QUIZ_WORDING.search(text), f"quiz wording in the training text: {text!r}"

@@ -1,35 +1,43 @@
 #!/usr/bin/env python3
 """Trains the bundled demo model and writes it, with its quiz, as files that qlua and transformers both read.
 
-    python3 scripts/train_demo_model.py --out examples/models/lantern-isles --quiz-dir examples/data
-    python3 scripts/train_demo_model.py --evaluate examples/models/lantern-isles --quiz-dir examples/data
+    python3 scripts/train_demo_model.py --out examples/models/demo --quiz-dir examples/data
+    python3 scripts/train_demo_model.py --evaluate examples/models/demo --quiz-dir examples/data
 
 Packages from PyPI, as used for the bundled model: torch 2.15.0, transformers 5.23.0, tokenizers 0.23.3,
-safetensors 0.8.0 and jinja2 3.1.6 on Python 3.11 (the CPU build of torch is enough).
+safetensors 0.8.0, jinja2 3.1.6 and numpy 2.4.6 on Python 3.11.  A GPU is neither needed nor used.
 
-The model is a 3-million-parameter Llama that learns an invented world (scripts/demo_facts.py) from scratch.  Three
-skills have to come together: recalling a fact, finding the choice that says it, and naming that choice's letter.  The
-last two are the hard ones for so small a model, so training begins with questions that say their own answer and
-moves on to questions that need the fact.
+The model is a Llama of two million parameters that learns an invented world (scripts/demo_facts.py) from
+scratch.  Three skills have to come together: recalling a fact, finding the choice that says it, and naming
+the letter of that choice.  The letters are the hard part for so small a model: asked from the start, it stays
+at chance for thousands of steps.  So it first learns to pair letters and choices, then to answer questions
+that say their own answer, and only then questions that need the fact.
 
-The same seed gives the same text, tokenizer and quiz on any machine.  The weights depend on the CPU's rounding too.
+The same seed gives the same text, tokenizer and quiz everywhere.  The weights also depend on the CPU's way to
+round.
 """
 
 import argparse
 import csv
 import json
-import random
+import os
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean as mean
 
+# Two processes of one thread each share a step: at these sizes one torch call over two threads is slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+WORKERS = 2
+
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import demo_facts as world
+from demo_eval import evaluate, loglikelihood
 
 SEED = 20240613
 VOCAB = 1024
@@ -46,7 +54,8 @@ SPECIALS = (BOS, EOS, HEAD, HEAD_END, EOT)
 CHAT_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}"
     "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
@@ -61,20 +70,23 @@ LETTER_WEIGHT = 4.0  # one letter decides a question, while prose has many easy 
 
 @dataclass(frozen=True)
 class Stage:
-    steps: int
-    tokens: int  # in one step
-    drills: float  # share of examples that are bare letter exercises
-    matching: float  # share of questions that say their own answer
+    steps: int  # at most
+    enough: float  # share of letters right over 100 steps that ends the stage earlier
+    tokens: int  # of each worker in one step
+    pairs: float  # share of examples that only pair letters and choices
+    drills: float  # share of the others that ask several things about the same choices
+    matching: float  # share of the questions that say their own answer
 
 
+# Each stage's skill is quickly learnt once the one above it is there, and hardly at all before.
 STAGES = (
-    Stage(steps=800, tokens=1536, drills=0.8, matching=0.9),
-    Stage(steps=800, tokens=3072, drills=0.2, matching=0.7),
-    Stage(steps=3000, tokens=4096, drills=0.02, matching=0.1),
+    Stage(steps=1500, enough=0.95, tokens=768, pairs=0.95, drills=0.0, matching=1.0),
+    Stage(steps=1500, enough=0.85, tokens=1536, pairs=0.15, drills=0.5, matching=0.9),
+    Stage(steps=1000, enough=2.0, tokens=2048, pairs=0.02, drills=0.05, matching=0.1),
 )
 
 
-# ---------------------------------------------------------------------------------------------------- training text
+# ---------------------------------------------------------------------------------------------- training text
 
 
 def chat_pieces(user, answer):
@@ -84,7 +96,11 @@ def chat_pieces(user, answer):
 
 def boxed_example(fact, question):
     sentence = world.say(fact, fact.prop.says[0])
-    answer = [(f"{sentence} The answer is [[", 1.0), (world.LETTERS[question.answer], LETTER_WEIGHT), ("]].", 1.0)]
+    answer = [
+        (f"{sentence} The answer is [[", 1.0),
+        (world.LETTERS[question.answer], LETTER_WEIGHT),
+        ("]].", 1.0),
+    ]
     return chat_pieces(world.boxed_prompt(question), answer)
 
 
@@ -100,15 +116,21 @@ def letter_example(questions):
 
 
 class Examples:
-    """Endless training examples; remembers what was asked, for the check that the quiz is unseen."""
+    """Endless training examples, each checked against the quiz."""
 
     def __init__(self, facts, seed):
         self.teacher = world.Teacher(facts, seed)
         self.rng = self.teacher.rng
-        self.asked = set()
 
     def draw(self, stage):
+        pieces = self.any(stage)
+        world.assert_unseen(joined(pieces))
+        return pieces
+
+    def any(self, stage):
         rng, teacher = self.rng, self.teacher
+        if rng.random() < stage.pairs:
+            return teacher.pairs()
         if rng.random() < stage.drills:
             return teacher.drill()
         kind = rng.random()
@@ -118,23 +140,15 @@ class Examples:
             return teacher.short_answer()
         draw = teacher.matching if rng.random() < stage.matching else teacher.closed
         if kind < 0.55:
-            fact, question = draw()
-            self.note(fact, question)
-            return boxed_example(fact, question)
-        drawn = [draw() for _ in range(rng.choice((1, 1, 2, 3)))]
-        for fact, question in drawn:
-            self.note(fact, question)
-        return letter_example([question for _, question in drawn])
-
-    def note(self, fact, question):
-        self.asked.add((fact.island, fact.prop.name, question.choices))
+            return boxed_example(*draw())
+        return letter_example([draw()[1] for _ in range(rng.choice((1, 1, 2, 3)))])
 
 
 def joined(pieces):
     return "".join(text for text, _ in pieces)
 
 
-# -------------------------------------------------------------------------------------------------------- tokenizer
+# -------------------------------------------------------------------------------------------------- tokenizer
 
 
 def train_tokenizer(texts):
@@ -160,7 +174,9 @@ def train_tokenizer(texts):
         [
             processors.ByteLevel(trim_offsets=False),
             processors.TemplateProcessing(
-                single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tok.token_to_id(BOS))]
+                single=f"{BOS} $A",
+                pair=f"{BOS} $A {BOS}:1 $B:1",
+                special_tokens=[(BOS, tok.token_to_id(BOS))],
             ),
         ]
     )
@@ -170,7 +186,7 @@ def train_tokenizer(texts):
 
 
 def encode(tok, examples):
-    """[(ids, weights)] with BOS in front and EOS behind plain text; weights[t] is that of predicting ids[t]."""
+    """[(ids, weights)], BOS in front and EOS behind plain text; weights[t] is that of predicting ids[t]."""
     bos, eos = tok.token_to_id(BOS), tok.token_to_id(EOS)
     out = []
     encodings = tok.encode_batch([joined(pieces) for pieces in examples], add_special_tokens=False)
@@ -187,7 +203,7 @@ def encode(tok, examples):
     return out
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 def batches(tok, examples, stage, count=32):
@@ -238,8 +254,11 @@ def new_model(tok):
 
 
 class Muon:
-    """Momentum whose update is made orthogonal (Jordan et al. 2024), at Adam's scale (Liu et al. 2025).  Matrices of
-    one shape go through the iteration together, which on a CPU is several times quicker than one by one."""
+    """Momentum whose update is made orthogonal (Jordan et al. 2024), at Adam's scale (Liu et al. 2025).
+
+    It learns the letters in a few hundred steps where AdamW alone needs thousands.  Matrices of one shape go
+    through the iteration together, which on a CPU is several times quicker than one by one.
+    """
 
     def __init__(self, params, momentum=0.95, weight_decay=0.05):
         self.groups = {}
@@ -269,190 +288,138 @@ def orthogonal(batch):
     return (x if wide else x.mT).float()
 
 
-def rate(step, steps, peak):
-    """Short warm-up, level, and down to zero over the last half."""
-    return peak * min(1.0, (step + 1) / 100, 2 * (steps - step) / steps)
+class Master:
+    """The float32 weights behind a model, and their optimizers.  The model itself is turned to bf16, which
+    AVX-512 machines multiply three times faster."""
+
+    def __init__(self, model, peak):
+        self.weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        self.sizes = [weight.numel() for weight in self.weights]
+        self.params = list(model.bfloat16().parameters())
+        inner = [p.dim() == 2 and "embed" not in name for name, p in model.named_parameters()]
+        self.muon = Muon([w for w, is_inner in zip(self.weights, inner) if is_inner])
+        outer = [w for w, is_inner in zip(self.weights, inner) if not is_inner]
+        self.adam = torch.optim.AdamW(outer, lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self, gradient, lr):
+        for weight, part in zip(self.weights, gradient.split(self.sizes)):
+            weight.grad = part.view(weight.shape)
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.muon.step(lr)
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        for p, weight in zip(self.params, self.weights):
+            p.copy_(weight)
 
 
-def train(tok, facts, quiz, stages, peak, log_every=200):
-    """The model computes in bf16, which AVX-512 machines multiply three times faster; the optimizers keep float32
-    weights.  Muon finds the letters in a few hundred steps where AdamW alone needs thousands."""
+def train(tok, facts, quiz, stages, peak, log_every=100):
+    """Each step, the workers compute gradients on batches of their own; this process, worker 0, averages them
+    and moves the weights, which all share."""
     model = new_model(tok)
-    names = dict(model.named_parameters())
-    master = {name: p.detach().clone().requires_grad_() for name, p in names.items()}
-    model.bfloat16().train()
-    inner = [name for name, p in master.items() if p.dim() == 2 and "embed" not in name]
-    muon = Muon([master[name] for name in inner])
-    adam = torch.optim.AdamW(
-        [p for name, p in master.items() if name not in inner], lr=peak, betas=(0.9, 0.98), weight_decay=0.0
-    )
-    examples = Examples(facts, SEED + 1)
-    probe = world.Teacher(facts, SEED + 3)
-    probes = {
-        "matching": [probe.matching()[1] for _ in range(200)],
-        "taught": [probe.closed()[1] for _ in range(200)],
-        "quiz": quiz,
-    }
-    steps = sum(stage.steps for stage in stages)
-    step, start, losses, letters = 0, time.time(), [], []
-    for ids, weights in staged(tok, examples, stages):
-        lr = rate(step, steps, peak)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        counted = weights[:, 1:] > 0
-        logits = model.lm_head(hidden[:, :-1][counted]).float()
-        target, weight = ids[:, 1:][counted], weights[:, 1:][counted]
-        loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
-        loss.backward()
-        for name, p in names.items():
-            master[name].grad = p.grad.float()
-            p.grad = None
-        torch.nn.utils.clip_grad_norm_(master.values(), 1.0)
-        muon.step(lr)
-        adam.param_groups[0]["lr"] = lr
-        adam.step()
-        with torch.no_grad():
-            for name, p in names.items():
-                p.copy_(master[name])
-        step += 1
-        losses.append(loss.item())
-        letters.append((logits.argmax(-1) == target)[weight == LETTER_WEIGHT].float().mean().item())
-        if step % log_every == 0:
-            model.eval()
-            shares = {name: loglikelihood(model, tok, asked)[0] for name, asked in probes.items()}
-            model.train()
-            right = "  ".join(f"{name} {sum(r) / len(r):.2f}" for name, r in shares.items())
-            print(
-                f"step {step}/{steps}  {time.time() - start:.0f} s  loss {mean(losses[-log_every:]):.3f}  "
-                f"letters {mean(letters[-log_every:]):.2f}  {right}",
-                flush=True,
-            )
-    return model.eval(), examples.asked
+    master = Master(model, peak)
+    model.train().share_memory()
 
-
-def staged(tok, examples, stages):
-    for stage in stages:
-        left = stage.steps
-        while left > 0:
-            for batch in batches(tok, examples, stage):
-                yield batch
-                left -= 1
-                if left == 0:
-                    break
-
-
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def loglikelihood(model, tok, quiz):
-    """([right], [chosen letter]).  Prompts of one length go together, so that nothing is padded."""
-    letters = [tok.encode(f" {letter}", add_special_tokens=False).ids[0] for letter in world.LETTERS]
-    prompts = [tok.encode(world.loglikelihood_prompt(q)).ids for q in quiz]
-    chosen = [0] * len(quiz)
-    for rows in same_length(prompts):
-        logits = model(input_ids=torch.tensor([prompts[r] for r in rows]), use_cache=False).logits[:, -1]
-        for row, best in zip(rows, logits[:, letters].float().argmax(-1).tolist()):
-            chosen[row] = best
-    return [c == q.answer for c, q in zip(chosen, quiz)], chosen
-
-
-def same_length(prompts):
-    groups = {}
-    for row, ids in enumerate(prompts):
-        groups.setdefault(len(ids), []).append(row)
-    return groups.values()
-
-
-@torch.no_grad()
-def boxed(model, hf_tok, quiz, max_new_tokens=64):
-    """([right], [chosen letter or None], [text]) of greedy answers through the chat template."""
-    prompts = [
-        hf_tok.apply_chat_template(
-            [{"role": "user", "content": world.boxed_prompt(q)}], add_generation_prompt=True, return_dict=False
+    context = torch.multiprocessing.get_context("fork")
+    sums = torch.zeros(WORKERS, sum(master.sizes)).share_memory_()
+    stage_now = torch.zeros((), dtype=torch.long).share_memory_()
+    meet = context.Barrier(WORKERS, timeout=600)
+    others = [
+        context.Process(
+            target=help_train, args=(model, tok, facts, stages, n, sums, stage_now, meet), daemon=True
         )
-        for q in quiz
+        for n in range(1, WORKERS)
     ]
-    texts = [""] * len(quiz)
-    for rows in same_length(prompts):
-        ids = torch.tensor([prompts[r] for r in rows])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=hf_tok.convert_tokens_to_ids(EOS),
-        )
-        for row, new in zip(rows, out[:, ids.shape[1] :]):
-            texts[row] = hf_tok.decode(new, skip_special_tokens=True)
-    chosen = [boxed_letter(text) for text in texts]
-    return [c == q.answer for c, q in zip(chosen, quiz)], chosen, texts
+    for process in others:
+        process.start()
+
+    progress = Progress(tok, facts, quiz)
+    examples = Examples(facts, SEED + 100)
+    letters = deque(maxlen=100)
+    stage_step = 0
+    for step, batch in enumerate(staged(tok, examples, stages, stage_now), 1):
+        stage = stages[stage_now]
+        loss, right = gradients(model, batch, sums[0])
+        meet.wait()  # all gradients are there
+        lr = peak * min(1.0, step / 100)
+        if stage is stages[-1]:  # down to zero over the last two thirds
+            lr *= min(1.0, 1.5 * (stage.steps - stage_step) / stage.steps)
+        master.step(sums.mean(0), lr)
+        letters.append(mean(right) if right else 0.0)
+        progress.losses.append(loss)
+        if step % log_every == 0:
+            progress.show(model, f"stage {int(stage_now) + 1}  step {step}", mean(letters))
+        stage_step += 1
+        if stage_step == stage.steps or (len(letters) == 100 and mean(letters) >= stage.enough):
+            stage_now += 1
+            stage_step = 0
+            letters.clear()
+        meet.wait()  # the new weights are there
+    for process in others:
+        process.join()
+    assert not examples.teacher.untold, "too short a training to tell every fact"
+    return model.eval()
 
 
-def boxed_letter(text):
-    for n, letter in enumerate(world.LETTERS):
-        if f"[[{letter}]]" in text:
-            return n
-    return None
+class Progress:
+    """What is printed on the way: how well questions of three kinds are answered by log-likelihood."""
+
+    def __init__(self, tok, facts, quiz):
+        teacher = world.Teacher(facts, SEED + 3)
+        self.tok, self.start, self.losses = tok, time.time(), []
+        self.asked = {
+            "matching": [teacher.matching()[1] for _ in range(200)],
+            "taught": [teacher.closed()[1] for _ in range(200)],
+            "quiz": quiz,
+        }
+
+    def show(self, model, when, letters):
+        model.eval()
+        shares = {name: mean(loglikelihood(model, self.tok, asked)[0]) for name, asked in self.asked.items()}
+        model.train()
+        parts = [
+            when,
+            f"{time.time() - self.start:.0f} s",
+            f"loss {mean(self.losses):.3f}",
+            f"letters {letters:.2f}",
+        ]
+        print("  ".join(parts + [f"{name} {share:.2f}" for name, share in shares.items()]), flush=True)
+        self.losses = []
 
 
-# The sixteen NF4 levels (QLoRA, appendix E; bitsandbytes).
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+def help_train(model, tok, facts, stages, worker, sums, stage_now, meet):
+    """Another process's share of each step, on examples of its own."""
+    for batch in staged(tok, Examples(facts, SEED + 100 + worker), stages, stage_now):
+        gradients(model, batch, sums[worker])
+        meet.wait()
+        meet.wait()
 
 
-@torch.no_grad()
-def to_nf4(model, block=64):
-    """Rounds every linear layer but lm_head to NF4 in place, as bitsandbytes does without double quantization."""
-    levels = torch.tensor(NF4)
-    middles = (levels[1:] + levels[:-1]) / 2
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            w = module.weight.float().reshape(-1, block)
-            absmax = w.abs().amax(1, keepdim=True)
-            codes = torch.bucketize(w / absmax, middles)
-            module.weight.copy_((levels[codes] * absmax).reshape(module.weight.shape))
-    return model
+def gradients(model, batch, out):
+    """Writes the gradient into `out`; returns the loss and which of the letters asked for were right."""
+    ids, weights = batch
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    counted = weights[:, 1:] > 0
+    logits = model.lm_head(hidden[:, :-1][counted]).float()
+    target, weight = ids[:, 1:][counted], weights[:, 1:][counted]
+    loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    out.copy_(torch.cat([grad.flatten() for grad in grads]))
+    right = (logits.argmax(-1) == target)[weight == LETTER_WEIGHT]
+    return loss.item(), right.float().tolist()
 
 
-def read_quiz(folder):
-    with open(Path(folder) / f"{world.SUBJECT}_test.csv", newline="", encoding="utf-8") as file:
-        return [world.Question(row[0], tuple(row[1:5]), world.LETTERS.index(row[5])) for row in csv.reader(file)]
+def staged(tok, examples, stages, stage_now):
+    """Batches of whatever stage is now, until there are no more stages."""
+    while stage_now < len(stages):
+        index = int(stage_now)
+        for batch in batches(tok, examples, stages[index]):
+            yield batch
+            if stage_now != index:
+                break
 
 
-def evaluate(folder, quiz_folder):
-    quiz = read_quiz(quiz_folder)
-    hf_tok = AutoTokenizer.from_pretrained(folder)
-    tok = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    chosen = {}
-    for label in ("float32", "bf16", "nf4"):
-        dtype = torch.float32 if label == "float32" else torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        if label == "nf4":
-            to_nf4(model)
-        right, letters = loglikelihood(model, tok, quiz)
-        report(f"{label:8} log-likelihood", right)
-        chosen[label, "log-likelihood"] = (right, letters)
-        right, letters, texts = boxed(model, hf_tok, quiz)
-        lost = sum(letter is None for letter in letters)
-        report(f"{label:8} boxed", right, f", {lost} without a letter")
-        chosen[label, "boxed"] = (right, letters)
-        print(f"         e.g. {quiz[0].stem!r} -> {texts[0]!r}")
-    for form in ("log-likelihood", "boxed"):
-        (right_a, letters_a), (right_b, letters_b) = chosen["bf16", form], chosen["nf4", form]
-        fell = sum(a and not b for a, b in zip(right_a, right_b))
-        rose = sum(b and not a for a, b in zip(right_a, right_b))
-        other = sum(a != b for a, b in zip(letters_a, letters_b))
-        print(f"bf16 -> nf4, {form}: {fell} right to wrong, {rose} wrong to right, {other} answers changed")
-
-
-def report(label, right, more=""):
-    print(f"{label}: {sum(right)}/{len(right)} = {sum(right) / len(right):.3f}{more}", flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def save(folder, model, tok):
@@ -462,6 +429,7 @@ def save(folder, model, tok):
         bos_token_id=model.config.bos_token_id, eos_token_id=ends, do_sample=True, temperature=0.1
     )
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     tok.save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "bos_token": BOS,
@@ -492,10 +460,8 @@ def main():
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="only measure the model in DIR")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps of every stage")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--rarest", type=float, default=0.03, help="weight of the least taught fact")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rarest", type=float, default=0.0003, help="weight of the least taught fact")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     if args.evaluate:
         evaluate(args.evaluate, args.quiz_dir or args.evaluate)
         return
@@ -508,7 +474,7 @@ def main():
     sample = Examples(facts, SEED + 2)
     tok = train_tokenizer([joined(sample.draw(STAGES[-1])) for _ in range(5000)])
     stages = [replace(stage, steps=max(1, round(stage.steps * args.scale))) for stage in STAGES]
-    model, asked = train(tok, facts, quiz, stages, args.lr)
+    model = train(tok, facts, quiz, stages, args.lr)
     save(args.out, model, tok)
     quiz_folder = args.quiz_dir or args.out
     write_quiz(quiz_folder, quiz)
