@@ -213,6 +213,12 @@ void qlua_interrupt_open(lua_State *L)
     sigaction(SIGINT, &action, NULL);
 }
 
+void qlua_interrupt_close(void)
+{
+    depth = 0;
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
 void qlua_interrupt_clear(void)
 {
     raised_at = 0;

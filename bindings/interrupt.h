@@ -22,6 +22,10 @@
  * SIGINT handler. Call once. */
 void qlua_interrupt_open(lua_State *L);
 
+/* Before L is closed: the handler sets no more hooks on it, Ctrl-C only sets the flag, a second one ends the
+ * process. */
+void qlua_interrupt_close(void);
+
 /* Forget a Ctrl-C that has been dealt with; hooks still in place remove themselves. */
 void qlua_interrupt_clear(void);
 

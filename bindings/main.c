@@ -230,6 +230,7 @@ int main(int argc, char **argv)
     lua_pushlightuserdata(L, &run);
     qlua_chunk_report(L, lua_pcall(L, 1, 0, 0));
     if (ql_interrupted()) run.exit_code = EXIT_INTERRUPTED;
+    qlua_interrupt_close();
     lua_close(L);
     return run.exit_code;
 }
