@@ -146,7 +146,7 @@ static int checkpoint_sha256(lua_State *L)
 {
     char hex[QL_SHA256_HEX];
     ql_err err;
-    if (ql_checkpoint_sha256(check(L, 1), hex, &err) != QL_OK) return qlua_push_err(L, &err);
+    if (ql_checkpoint_sha256(check(L, 1), hex, &err) != QL_OK) return qlua_fail(L, &err);
     lua_pushstring(L, hex);
     return 1;
 }

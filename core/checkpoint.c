@@ -1,5 +1,6 @@
 #include "checkpoint.h"
 #include "file.h"
+#include "interrupt.h"
 #include "json.h"
 #include "json_scan.h"
 #include "mem.h"
@@ -472,7 +473,8 @@ static ql_status hash_file(const ql_st *st, char *chunk, char hex[QL_SHA256_HEX]
     uint64_t size = ql_st_file_bytes(st);
     for (uint64_t at = 0; at < size && !status;) {
         size_t n = size - at < HASH_CHUNK ? (size_t)(size - at) : HASH_CHUNK;
-        status = ql_st_read_file(st, at, n, chunk, err);
+        status = ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted")
+                                  : ql_st_read_file(st, at, n, chunk, err);
         if (!status) status = ql_sha256_update(&sha, chunk, n, err);
         at += n;
     }

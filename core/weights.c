@@ -49,11 +49,18 @@ typedef struct {
     void *stage;    /* [STAGE_BYTES] */
 } loader;
 
+/* Between two pieces the user may stop the work. */
+static ql_status poll(ql_err *err)
+{
+    return ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted") : QL_OK;
+}
+
 static ql_status stream_in(loader *l, const ql_st_tensor *src, ql_tensor *dst, ql_err *err)
 {
     size_t total = ql_tensor_bytes(dst);
     const ql_backend *be = l->dev->backend;
     for (size_t at = 0; at < total; at += STAGE_BYTES) {
+        TRY(poll(err));
         size_t n = total - at < STAGE_BYTES ? total - at : STAGE_BYTES;
         TRY(ql_checkpoint_read(l->ck, src, at, n, l->stage, err));
         TRY(be->upload(l->dev->ctx, (char *)dst->data + at, l->stage, n, err));
@@ -106,12 +113,6 @@ static ql_status load_vector(loader *l, const char *name, int64_t n, ql_tensor *
                              ql_err *err)
 {
     return load_tensor(l, name, 1, &n, QL_F32, out, stored, err);
-}
-
-/* Between two matrices the user may stop the work. */
-static ql_status poll(ql_err *err)
-{
-    return ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted") : QL_OK;
 }
 
 static ql_status load_matrix(loader *l, const char *name, int64_t n, int64_t k, ql_matrix *out, ql_err *err)
@@ -168,10 +169,11 @@ static bool expected(const ql_config *c, const ql_checkpoint *ck, const char *na
     if (ends_with(name, ".rotary_emb.inv_freq") || strcmp(name, "lm_head.weight") == 0) return true;
     if (strcmp(name, "model.embed_tokens.weight") == 0 || strcmp(name, "model.norm.weight") == 0) return true;
     long long layer;
-    int used = 0;
-    if (sscanf(name, "model.layers.%lld.%n", &layer, &used) != 1 || used == 0 || layer < 0 ||
-        layer >= c->layers)
-        return false;
+    char prefix[64];
+    if (sscanf(name, "model.layers.%lld.", &layer) != 1 || layer < 0 || layer >= c->layers) return false;
+    /* " 1", "+1" and "01" scan as 1 too. */
+    int used = snprintf(prefix, sizeof prefix, "model.layers.%lld.", layer);
+    if (strncmp(name, prefix, (size_t)used) != 0) return false;
     const char *rest = name + used;
     if (strcmp(rest, "input_layernorm.weight") == 0 || strcmp(rest, "post_attention_layernorm.weight") == 0)
         return true;
@@ -400,7 +402,7 @@ ql_status ql_weights_quantize(const ql_weights *full, ql_arena *arena, ql_quant_
 typedef struct {
     ql_save_entry *entries;
     char *names;
-    size_t count, capacity;
+    size_t count;
 } listing;
 
 static void list(listing *l, const ql_matrix *matrix, const ql_tensor *tensor, ql_dtype dtype,
@@ -422,7 +424,7 @@ ql_status ql_weights_entries(const ql_weights *w, const ql_config *c, ql_save_en
     size_t capacity = 3 + (size_t)w->layers * (2 + 2 * QL_LINEARS);
     char *block = ql_malloc(capacity * (sizeof(ql_save_entry) + NAME_BYTES));
     if (!block) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
-    listing l = {(ql_save_entry *)(void *)block, block + capacity * sizeof(ql_save_entry), 0, capacity};
+    listing l = {(ql_save_entry *)(void *)block, block + capacity * sizeof(ql_save_entry), 0};
     list(&l, &w->embed, NULL, w->embed.dtype, "model.embed_tokens", ".weight");
     for (int64_t i = 0; i < w->layers; i++) {
         const ql_layer *layer = &w->layer[i];

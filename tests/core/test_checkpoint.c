@@ -1,6 +1,7 @@
 #include "file_help.h"
 
 #include "checkpoint.h"
+#include "interrupt.h"
 #include "file.h"
 #include "mem.h"
 
@@ -106,6 +107,9 @@ static void check_single(void **state)
         assert_int_equal(ql_checkpoint_open(temp_path(i ? "one/model.safetensors" : "one"), &ck, NULL),
                          QL_OK);
         assert_int_equal(ql_checkpoint_count(ck), 1);
+        ql_interrupt_set();
+        assert_int_equal(ql_checkpoint_sha256(ck, hex, NULL), QL_ERR_INTERRUPTED);
+        ql_interrupt_clear();
         assert_int_equal(ql_checkpoint_sha256(ck, hex, NULL), QL_OK);
         assert_string_equal(hex, expected);
         ql_checkpoint_close(ck);

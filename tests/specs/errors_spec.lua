@@ -66,6 +66,31 @@ describe("a model folder that is none", function()
     failed(new, err, "tokenizer.json")
   end)
 
+  --- A copy whose tensor `from` is called `to` in the header.
+  local function renamed(from, to)
+    return spoiled("model.safetensors", function(text)
+      local size = string.unpack("<I8", text)
+      local header = text:sub(9, 8 + size)
+      local first, last = header:find('"' .. from .. '"', 1, true)
+      header = header:sub(1, first) .. to .. header:sub(last)
+      header = header .. (" "):rep(-#header % 8)
+      return string.pack("<I8", #header) .. header .. text:sub(9 + size)
+    end)
+  end
+
+  it("with a layer's number in another spelling", function()
+    local norm <const> = "model.layers.%s.input_layernorm.weight"
+    for _, number in ipairs { "01", "+1", " 1", "1 ", "-1", "99" } do
+      local model, err = load(renamed(norm:format "1", norm:format(number)))
+      failed(model, err, norm:format(number), "has no place")
+    end
+  end)
+
+  it("with a name that a terminal would obey", function()
+    local model, err = load(renamed("model.norm.weight", [[\u001b[31mred\u009b0m\u007f]]))
+    failed(model, err, "'?[31mred??0m?'", "has no place")
+  end)
+
   it("without weights, or with a shard missing", function()
     local folder = support.copy "llama3_bf16"
     os.remove(folder .. "/model.safetensors")
