@@ -18,7 +18,7 @@ local opts = cli.parse {
     { "batch_sizes", kind = "integers", default = { 1, 2, 4, 8, 16, 32 }, min = 1, max = 4096,
       help = "rows of one forward pass" },
     { "runs", kind = "integer", default = 20, min = 1, help = "timed passes of each batch size and model" },
-    { "warmup", kind = "integer", default = 2, min = 0, help = "passes before them that do not count" },
+    { "warmup", kind = "integer", default = 2, min = 1, help = "passes before them that do not count" },
     { "max_length", kind = "integer", default = 512, min = 1,
       help = "questions with more tokens are left out" },
     { "logits", default = "all", choices = { "all", "last" }, help = "positions whose logits are computed" },

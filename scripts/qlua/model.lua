@@ -190,15 +190,14 @@ function model:matrices()
   return self:_matrices()
 end
 
---- The analytic expectation in bytes of the first forward pass of a model just loaded: `rows` rows of
---- `tokens` tokens.
----@param rows integer
----@param tokens integer
+--- The analytic expectation in bytes of the first forward pass of a model just loaded.
+---@param tokens integer   of all rows together
+---@param longest integer  of the longest row
 ---@param outputs integer  rows of logits wanted
 ---@return { weights: integer, kv: integer, activations: integer, total: integer }
-function model:expected_memory(rows, tokens, outputs)
-  local activations, slot = self:_work_bytes(rows * tokens, tokens, outputs)
-  local result = { weights = primitive_info(self).bytes, kv = rows * tokens * slot,
+function model:expected_memory(tokens, longest, outputs)
+  local activations, slot = self:_work_bytes(tokens, longest, outputs)
+  local result = { weights = primitive_info(self).bytes, kv = tokens * slot,
     activations = activations }
   result.total = result.weights + result.kv + result.activations
   return result

@@ -221,13 +221,13 @@ function results.sweep(run, points, r)
     else
       t:add(p.batch, run.labels[p.model], ("%.0f"):format(p.tokens),
         tables.interval(1e3 * p.time.median, 1e3 * p.time.p10, 1e3 * p.time.p90, "%.2f"),
-        ("%.0f"):format(p.tokens / p.time.median), mib(p.peak.weights + p.peak.shared), mib(p.peak.kv),
+        ("%.0f"):format(p.tokens / p.time.mean), mib(p.peak.weights + p.peak.shared), mib(p.peak.kv),
         mib(p.peak.activations), mib(p.peak.resident), mib(p.reserved), mib(p.process), mib(p.expected.total))
     end
   end
   say(t:text { bold = tables.bold_allowed(run.stdout_is_terminal) })
-  say("\nmedian of ", tostring(run.opts.runs),
-    " passes; peak: high-water mark of the model's own arena with the tensors it shares;\n",
+  say("\nmedian of ", tostring(run.opts.runs), " passes, tok/s over all of them;\n",
+    "peak: high-water mark of the model's own arena with the tensors it shares;\n",
     "reserved: held between passes; process: resident peak of this process, which holds both models;\n",
     "expected: computed.\n")
   for _, p in ipairs(points) do

@@ -13,7 +13,7 @@ local sweep = {}
 ---@field time table?               median, p10, p90, ... in seconds, samples kept; nil: out of memory
 ---@field peak table?               arena high-water marks: weights, kv, activations, total (bytes)
 ---@field reserved integer?         bytes the arena holds between passes
----@field process integer?          resident high-water mark of the whole process (bytes)
+---@field process integer?          resident high-water mark of the whole process in its warm-up (bytes)
 ---@field expected table?           analytic: weights, kv, activations, total (bytes)
 ---@field oom string?               the message, when a pass did not fit
 
@@ -42,6 +42,20 @@ local function tokens_of(batch)
   return n, longest
 end
 
+--- The batch with most tokens, and what its pass is expected to hold: all tokens, those of the longest row of
+--- any batch, rows of logits.
+local function widest_of(batches, logits)
+  local w = { tokens = 0, longest = 0 }
+  for _, batch in ipairs(batches) do
+    local tokens, longest = tokens_of(batch)
+    if tokens > w.tokens then
+      w.batch, w.tokens, w.outputs = batch, tokens, logits == "all" and tokens or #batch
+    end
+    w.longest = math.max(w.longest, longest)
+  end
+  return w
+end
+
 --- One timed pass: seconds, or nil and the error.
 local function pass(run, model, batch, logits_rows)
   run.device:sync()
@@ -60,19 +74,23 @@ end
 ---@param options { sizes: integer[], runs: integer, warmup: integer, logits: "all"|"last", seed: integer }
 ---@return qlua.sweep_point[]
 function sweep.run(run, rows, options)
-  local models, points = { run.full, run.test }, {}
-  local bar <close> = run:progress(#options.sizes * (options.runs + options.warmup) * 2, "passes")
+  local models, points, warmup = { run.full, run.test }, {}, math.max(1, options.warmup)
+  local bar <close> = run:progress(#options.sizes * (options.runs + warmup) * 2, "passes")
   for _, size in ipairs(options.sizes) do
     local batches = plan(rows, size, options.runs, options.seed)
+    local widest = widest_of(batches, options.logits)
     local samples, failed, process = { {}, {} }, {}, {}
     local total = 0
     for _, batch in ipairs(batches) do total = total + tokens_of(batch) end
     for m, model in ipairs(models) do
       model:reset_peak()
       run.device:reset_peak()
-      for _ = 1, options.warmup do
-        local _, err = pass(run, model, batches[1], options.logits)
-        failed[m] = failed[m] or err
+      -- on the widest batch, so that arena and process have met their peak before the other model runs
+      for _ = 1, warmup do
+        if not failed[m] then
+          local _, err = pass(run, model, widest.batch, options.logits)
+          failed[m] = err
+        end
         bar:step(1, ("batch %d"):format(size))
       end
       process[m] = run.device:memory().process_peak
@@ -95,11 +113,6 @@ function sweep.run(run, rows, options)
         point.oom = failed[m].message
       else
         local memory = model:memory()
-        local widest, outputs = 0, 0
-        for _, batch in ipairs(batches) do
-          local n = tokens_of(batch)
-          if n > widest then widest, outputs = n, options.logits == "all" and n or size end
-        end
         point.time = device_methods.summary(samples[m])
         point.peak = memory.peak
         -- Tensors that the twin shares with the full model are resident for it as well, and counted in both.
@@ -107,7 +120,7 @@ function sweep.run(run, rows, options)
         point.peak.resident = memory.peak.total + point.peak.shared
         point.reserved = memory.total + point.peak.shared
         point.process = process[m]
-        point.expected = model:expected_memory(1, widest, outputs)
+        point.expected = model:expected_memory(widest.tokens, widest.longest, widest.outputs)
       end
       points[#points + 1] = point
     end

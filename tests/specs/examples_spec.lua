@@ -187,9 +187,9 @@ describe("out of memory", function()
 
   it("ends a batch, not the sweep", function()
     if os.getenv "UBSAN_OPTIONS" then return pending "skipped: sanitizers reserve address space" end
-    local out = limited(200000, "examples/batch_sweep.lua", "--batch_sizes", "1,512,2", "--runs", "2",
+    local out = limited(200000, "examples/batch_sweep.lua", "--batch_sizes", "1,4096,2", "--runs", "2",
       "--output_path", folder .. "/results")
-    assert.truthy(out:find("OOM at batch 512, full: out of memory: %d+ bytes"), out)
+    assert.truthy(out:find("OOM at batch 4096, full: out of memory: %d+ bytes"), out)
     local file <close> = assert(io.open(files(folder .. "/results")[1]))
     local points = assert(json.decode(file:read "a")).points
     assert.equal(6, #points)

@@ -33,7 +33,8 @@ describe("a model's memory", function()
       assert.equal(0, loaded.kv + loaded.activations)
       local logits = assert(model:forward(batch, { rows = outputs == rows and "last" or "all" }))
       assert.equal(outputs, logits:size(1))
-      local memory, expected = model:memory(), model:expected_memory(rows, tokens, outputs)
+      local memory, expected = model:memory(), model:expected_memory(rows * tokens, tokens,
+        outputs)
       for _, kind in ipairs(KINDS) do
         local share = memory.peak[kind] / expected[kind]
         assert.is_true(share <= 1 and share > 0.99, ("%s of %d x %d: %d, expected %d"):format(kind, rows,
@@ -70,7 +71,7 @@ describe("a model's memory", function()
       assert.equal(0, model:memory().activations)
       local logits <close> = assert(model:forward(support.ids(tokens, 256, tokens), { rows = "last" }))
       assert.equal(1, logits:size(1))
-      local peak, expected = model:memory().peak, model:expected_memory(1, tokens, 1)
+      local peak, expected = model:memory().peak, model:expected_memory(tokens, tokens, 1)
       for _, kind in ipairs(KINDS) do
         local share = peak[kind] / expected[kind]
         assert.is_true(share <= 1 and share > 0.99, ("%s of %d: %d, expected %d"):format(kind, tokens,
