@@ -6,13 +6,6 @@ local sys = require "qlua.sys"
 
 local device = core.methods "device"
 
----@class qlua.device
----@field info fun(self): table        { name, hardware, isa, threads, memory_total, memory_free }
----@field memory fun(self): table      { total, free, process, process_peak } in bytes
----@field reset_peak fun(self): boolean  process_peak starts again from now
----@field sync fun(self)               wait until everything queued has finished
----@field close fun(self)
-
 --- Loads a model from a folder or, by id, from the Hugging Face cache on disk.
 ---@param model string
 ---@param options? { dtype: string?, max_context: integer? }  dtype: "auto" (as stored), "float32",

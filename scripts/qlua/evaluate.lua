@@ -282,11 +282,14 @@ function evaluate.last_positions(full, test, rows, options)
     local last = math.min(first + options.batch_size - 1, #rows)
     local ids = {}
     for i = first, last do ids[#ids + 1] = rows[i].ids end
-    local a, err = full:forward(ids, { rows = "last" })
-    if not a then return nil, err end
-    local b
-    b, err = test:forward(ids, { rows = "last" })
-    if not b then return nil, err end
+    local logits, models = {}, { full, test }
+    for _, m in ipairs(order(2, (first - 1) // options.batch_size + 1)) do
+      local one, err = models[m]:forward(ids, { rows = "last" })
+      if not one then return nil, err end
+      logits[m] = one
+    end
+    local a <close> = logits[1]
+    local b <close> = logits[2]
     for i = first, last do
       local x <close> = a:select(1, i - first + 1)
       local y <close> = b:select(1, i - first + 1)
@@ -294,8 +297,6 @@ function evaluate.last_positions(full, test, rows, options)
       local z <close> = again and again:select(1, 1) or nil
       options.each(x, y, rows[i].item, z)
     end
-    a:close()
-    b:close()
     if options.progress then options.progress:step(last - first + 1) end
   end
   return true
@@ -320,14 +321,16 @@ function evaluate.generation(models, tok, task, prepared, options)
       local begin = sys.time()
       local prompts, streams = {}, {}
       for b, p in ipairs(batch) do
-        prompts[b] = options.template and options.template:encode(tok, task:messages(p.item), task.chat)
-          or tok:encode(task:prompt(p.item), { bos = options.bos ~= false })
+        if options.template then
+          prompts[b] = assert(options.template:encode(tok, task:messages(p.item), task.chat))
+        else
+          prompts[b] = assert(tok:encode(task:prompt(p.item), { bos = options.bos ~= false }))
+        end
         streams[b] = p.index
       end
-      local generation = setmetatable({ streams = streams }, { __index = options.generation })
       local passed = { streams = streams }
       for _, key in ipairs { "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop" } do
-        passed[key] = generation[key]
+        passed[key] = options.generation[key]
       end
       local rows, timing = models[m]:generate(prompts, passed)
       if not rows then return nil, timing end

@@ -73,6 +73,7 @@ end
 ---@field metrics qlua.metric[]  the user's own
 ---@field context integer        tokens that both models can take
 ---@field tokenizer qlua.tokenizer
+---@field sha256 string?          of the full model's checkpoint, once a result file has asked for it
 ---@field date integer           seconds since 1970, when the run began
 ---@field stdout_is_terminal boolean
 local run = {}
@@ -238,6 +239,13 @@ local function millions(n)
   return n >= 1e9 and ("%.2f B"):format(n / 1e9) or ("%.2f M"):format(n / 1e6)
 end
 
+--- The type that 4-bit weights decode to: that of the first quantized matrix; nil where none is.
+local function decoded_to(model)
+  for _, m in ipairs(model:matrices()) do
+    if m.scheme then return m.dtype end
+  end
+end
+
 --- What stands above every result: which models, in what types, how many bytes, on what.
 ---@return string
 function run:header()
@@ -254,7 +262,7 @@ function run:header()
       or ("%d of %d matrices"):format(q.quantized, q.matrices)
     lines[#lines + 1] = ("quantized %s (%s), %s resident, decoded to %s, activations float32"):format(
       q.label, detail,
-      table_text.bytes(test.bytes), full.dtype)
+      table_text.bytes(test.bytes), decoded_to(self.test) or test.dtype)
   end
   return table.concat(lines, "\n") .. "\n"
 end
@@ -262,9 +270,9 @@ end
 --- The facts of a run for the result files.
 ---@return table
 function run:facts()
+  self.sha256 = self.sha256 or self.full:sha256() -- reads the whole checkpoint
   local facts = { qlua_version = qlua.version, device = self.device:info(), full = self.full:info(),
-    seed = self.opts.seed,
-    model_sha256 = self.full:sha256() }
+    seed = self.opts.seed, model_sha256 = self.sha256 }
   if self.test then facts.quantized = self.test:info() end
   return facts
 end

@@ -7,17 +7,6 @@ local policy = require "qlua.policy"
 
 local model = core.methods "model"
 
----@class qlua.model
----@field forward fun(self, rows: integer[]|integer[][], options?: { rows: "last"|"all"|integer[], trace:
----  function? }):
----  qlua.tensor?, qlua.failure?  logits [n, vocab]; several rows are packed one after the other
----@field memory fun(self): table      bytes of its own arena by kind, `peak` likewise, `resident` with
----  shared tensors
----@field reset_peak fun(self)
----@field save fun(self, folder: string, options?: { force: boolean? }): boolean?, qlua.failure?
----@field sha256 fun(self): string?, qlua.failure?  identity of the checkpoint's bytes
----@field close fun(self)
-
 local primitive_info = model.info
 
 local tokenizers = setmetatable({}, { __mode = "k" })
