@@ -97,6 +97,19 @@ function stats.percentile(values, f)
   return percentile_of_sorted(sorted_copy(checked(values, 1, 2)), f)
 end
 
+--- Several percentiles at once.
+---@param values number[]
+---@param shares number[]
+---@return { share: number, value: number }[]
+function stats.percentiles(values, shares)
+  local sorted, list = sorted_copy(checked(values, 1, 2)), {}
+  for i, share in ipairs(shares) do
+    if not (share >= 0 and share <= 1) then error("the share must lie in 0..1", 2) end
+    list[i] = { share = share, value = percentile_of_sorted(sorted, share) }
+  end
+  return list
+end
+
 ---@param values number[]
 ---@return number
 function stats.median(values)

@@ -171,7 +171,6 @@ function tasks.post(options)
     num_fewshot = 0,
     generation = { temperature = 0.1, max_new_tokens = 256 },
     chat = { add_generation_prompt = false },
-    unparsed_is_wrong = true,
     keep = function(item) return utf8.len(item.question) < 64 end,
   }, post)
 end

@@ -43,6 +43,8 @@ describe("moments", function()
     assert.equal(25, stats.median(values))
     assert.same({ 40, 10, 30, 20 }, values)
     assert.equal(7, stats.percentile({ 7 }, 0.999))
+    assert.same({ { share = 1, value = 40 }, { share = 0.25, value = 17.5 } },
+      stats.percentiles(values, { 1, 0.25 }))
   end)
 
   it("refuses what has no answer", function()
