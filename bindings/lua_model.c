@@ -111,16 +111,15 @@ static int model_random(lua_State *L)
         .tie_embeddings = qlua_option_boolean(L, 2, "tied", false),
         .bos = -1};
     strcpy(c.architecture, "LlamaForCausalLM");
-    if (c.hidden < 1 || c.intermediate < 1 || c.layers < 1 || c.heads < 1 || c.kv_heads < 1 || c.vocab < 1 ||
-        c.heads % c.kv_heads != 0 || c.head_dim < 2 || c.head_dim % 2 != 0)
-        return luaL_argerror(L, 2, "not the shape of a Llama model");
+    ql_err err;
+    if (ql_config_check(&c, &err) != QL_OK)
+        return luaL_argerror(L, 2, lua_pushfstring(L, "not the shape of a Llama model: %s", err.message));
     qlua_callback cb = {L, 5, false};
     bool policy = !lua_isnoneornil(L, 5);
     if (policy) luaL_checktype(L, 5, LUA_TFUNCTION);
     qlua_pressure(L, 0);
     luaL_checkstack(L, 16, NULL);
     qlua_model_box *box = qlua_box_push(L, QLUA_MODEL, sizeof *box);
-    ql_err err;
     ql_status status =
         ql_llama_random(dev, &c, dtype, (uint64_t)seed, policy ? apply_policy : NULL, &cb, &box->model, &err);
     if (cb.raised) return lua_error(L);

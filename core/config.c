@@ -2,6 +2,7 @@
 #include "file.h"
 #include "json.h"
 #include "mem.h"
+#include "qk.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -48,6 +49,40 @@ static ql_status read_family(ql_json_at at, ql_config *c, ql_err *err)
     return strcmp(act, silu) ? only(at, "hidden_act", act, "\"silu\"", err) : QL_OK;
 }
 
+ql_status ql_config_check(const ql_config *c, ql_err *err)
+{
+    const struct {
+        const char *name;
+        int64_t value, max;
+    } sizes[] = {{"hidden_size", c->hidden, WIDTH_MAX},
+                 {"intermediate_size", c->intermediate, WIDTH_MAX},
+                 {"num_hidden_layers", c->layers, LAYERS_MAX},
+                 {"num_attention_heads", c->heads, HEADS_MAX},
+                 {"num_key_value_heads", c->kv_heads, HEADS_MAX},
+                 {"head_dim", c->head_dim, WIDTH_MAX},
+                 {"vocab_size", c->vocab, VOCAB_MAX},
+                 {"max_position_embeddings", c->max_positions, POSITIONS_MAX}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        if (sizes[i].value < 1 || sizes[i].value > sizes[i].max)
+            return ql_err_set(err, QL_ERR_FORMAT, "%s = %lld is outside 1..%lld", sizes[i].name,
+                              (long long)sizes[i].value, (long long)sizes[i].max);
+    }
+    if (c->heads % c->kv_heads)
+        return ql_err_set(err, QL_ERR_FORMAT,
+                          "num_attention_heads %lld is not a multiple of num_key_value_heads %lld",
+                          (long long)c->heads, (long long)c->kv_heads);
+    if (c->head_dim % 2)
+        return ql_err_set(err, QL_ERR_FORMAT, "head_dim %lld is odd, and rotary embedding turns pairs",
+                          (long long)c->head_dim);
+    if (c->head_dim * c->heads > WIDTH_MAX)
+        return ql_err_set(err, QL_ERR_FORMAT, "num_attention_heads %lld x head_dim %lld is absurd",
+                          (long long)c->heads, (long long)c->head_dim);
+    if (c->head_dim > QK_MAX_HEAD_DIM)
+        return ql_err_set(err, QL_ERR_UNSUPPORTED, "head_dim %lld is above %d, the most that attention takes",
+                          (long long)c->head_dim, QK_MAX_HEAD_DIM);
+    return QL_OK;
+}
+
 static ql_status read_sizes(ql_json_at at, ql_config *c, ql_err *err)
 {
     const int64_t positions = 2048;
@@ -58,23 +93,15 @@ static ql_status read_sizes(ql_json_at at, ql_config *c, ql_err *err)
     TRY(ql_json_int(at, "num_key_value_heads", 1, HEADS_MAX, &c->heads, &c->kv_heads, err));
     TRY(ql_json_int(at, "vocab_size", 1, VOCAB_MAX, NULL, &c->vocab, err));
     TRY(ql_json_int(at, "max_position_embeddings", 1, POSITIONS_MAX, &positions, &c->max_positions, err));
-    if (c->heads % c->kv_heads)
-        return ql_err_set(err, QL_ERR_FORMAT,
-                          "%s: num_attention_heads %lld is not a multiple of num_key_value_heads %lld",
-                          at.file, (long long)c->heads, (long long)c->kv_heads);
     if (!ql_json_get(at.object, "head_dim") && c->hidden % c->heads)
         return ql_err_set(err, QL_ERR_FORMAT,
                           "%s: hidden_size %lld is not divisible by num_attention_heads %lld", at.file,
                           (long long)c->hidden, (long long)c->heads);
     int64_t head_dim = c->hidden / c->heads;
     TRY(ql_json_int(at, "head_dim", 1, WIDTH_MAX, &head_dim, &c->head_dim, err));
-    if (c->head_dim % 2)
-        return ql_err_set(err, QL_ERR_FORMAT, "%s: head_dim %lld is odd, and rotary embedding turns pairs",
-                          at.file, (long long)c->head_dim);
-    if (c->head_dim * c->heads > WIDTH_MAX)
-        return ql_err_set(err, QL_ERR_FORMAT, "%s: num_attention_heads %lld x head_dim %lld is absurd",
-                          at.file, (long long)c->heads, (long long)c->head_dim);
-    return QL_OK;
+    ql_status status = ql_config_check(c, err);
+    if (status && err) ql_err_prefix(err, "%s: ", at.file);
+    return status;
 }
 
 static ql_status read_llama3(ql_json_at at, const cJSON *top, ql_rope_config *rope, ql_err *err)

@@ -69,6 +69,11 @@ ql_status ql_config_load(const char *folder, ql_config *config /* [OUT] */, ql_e
 ql_status ql_config_parse(const char *text, size_t size, const char *file, ql_config *config /* [OUT] */,
                           ql_err *err);
 
+/* Whether a Llama model of these sizes can be: each within bounds below which no product of them overflows,
+ * heads in groups, pairs to rotate, no head wider than the kernels take. Messages name the fields of
+ * config.json. */
+ql_status ql_config_check(const ql_config *config, ql_err *err);
+
 /* Frees what the config owns and zeroes it; idempotent. */
 void ql_config_free(ql_config *config);
 

@@ -1,8 +1,8 @@
 #include "file_help.h"
 
 #include "checkpoint.h"
-#include "interrupt.h"
 #include "file.h"
+#include "interrupt.h"
 #include "mem.h"
 
 #include <errno.h>

@@ -160,6 +160,7 @@ static void check_refusals(void **state)
         {"head_dim", "0", "head_dim = 0", QL_ERR_FORMAT},
         {"head_dim", "7", "head_dim 7 is odd", QL_ERR_FORMAT},
         {"head_dim", "4194304", "absurd", QL_ERR_FORMAT},
+        {"head_dim", "4098", "head_dim 4098 is above 4096", QL_ERR_UNSUPPORTED},
         {"intermediate_size", "0", "intermediate_size = 0", QL_ERR_FORMAT},
         {"num_hidden_layers", "0", "num_hidden_layers = 0", QL_ERR_FORMAT},
         {"num_hidden_layers", "1000000", "num_hidden_layers = 1000000", QL_ERR_FORMAT},

@@ -1,5 +1,6 @@
 --- Bad input and misuse: each gives one clear message that names what is wrong and what to do.
 
+local core = require "qlua.core"
 local qlua = require "qlua"
 local support = require "tests.specs.support"
 
@@ -201,6 +202,17 @@ describe("options", function()
     raises(function() qlua.load_synthetic("tiny", { layer = 1 }) end, "'layer'", "layers")
     raises(function() support.device():time(print, { run = 1 }) end, "'run'", "runs")
     raises(function() qlua.load_synthetic "tine" end, "'tine'", "tiny")
+    local function random(fields)
+      local shape = { hidden = 64, intermediate = 64, layers = 1, heads = 2, kv_heads = 1, head_dim = 32,
+        vocab = 64 }
+      for key, value in pairs(fields) do shape[key] = value end
+      return function() core.load_random(support.device(), shape, "float32") end
+    end
+    raises(random { hidden = 0 }, "hidden_size = 0")
+    raises(random { vocab = 0x7fffffff }, "vocab_size = 2147483647", "1..")
+    raises(random { heads = 3, kv_heads = 2 }, "not a multiple")
+    raises(random { head_dim = 33 }, "head_dim 33 is odd")
+    raises(random { head_dim = 8192 }, "head_dim 8192 is above")
   end)
 
   it("values of a wrong kind are refused by option", function()
