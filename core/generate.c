@@ -101,11 +101,12 @@ static ql_status prepare(run *r, int rows, const int32_t *const *prompts, const 
     size_t at = 0;
     for (int i = 0; i < rows; i++) {
         int64_t room = r->m->max_context - lengths[i];
-        int64_t fresh = o->max_new_tokens < room ? o->max_new_tokens : room;
-        out->ids[i] = ql_malloc((size_t)(fresh + 1 > 0 ? fresh + 1 : 1) * sizeof **out->ids);
+        /* The last token drawn is never fed back: it needs no slot. */
+        int64_t fed = o->max_new_tokens - 1 < room ? o->max_new_tokens - 1 : room;
+        if (fed < 0) fed = 0; /* a prompt beyond the context: ql_llama_cache refuses it */
+        out->ids[i] = ql_malloc((size_t)(fed + 1) * sizeof **out->ids);
         if (!out->ids[i]) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for a batch of %d rows", rows);
-        /* The last token drawn is never fed back, so a row needs one slot less than it has tokens. */
-        r->lengths[i] = lengths[i] + (int32_t)(fresh > 0 ? fresh : 0);
+        r->lengths[i] = lengths[i] + (int32_t)fed;
         r->seq[i] = i;
         r->outputs[i] = 1;
         if (lengths[i] > 0) memcpy(r->ids + at, prompts[i], (size_t)lengths[i] * sizeof **prompts);
@@ -120,7 +121,7 @@ static ql_status prepare(run *r, int rows, const int32_t *const *prompts, const 
 
 static ql_status decode(run *r, ql_err *err)
 {
-    ql_status status = draw(r, err);
+    ql_status status = QL_OK;
     for (int i = 0; i < r->out->rows; i++) r->lengths[i] = 1;
     while (status == QL_OK && r->active > 0) {
         ql_batch step = {r->active, r->ids, r->lengths, r->outputs, r->seq};
@@ -145,6 +146,7 @@ ql_status ql_generate(ql_llama *m, int rows, const int32_t *const *prompts, cons
         double begin = ql_clock_seconds();
         status = ql_llama_forward(m, &r.cache, &prefill, NULL, &r.logits, err);
         if (status == QL_OK) status = be->sync(m->device->ctx, err);
+        if (status == QL_OK) status = draw(&r, err);
         double middle = ql_clock_seconds();
         if (status == QL_OK) status = decode(&r, err);
         if (status == QL_OK) status = be->sync(m->device->ctx, err);

@@ -28,10 +28,12 @@ typedef struct {
 
 typedef struct {
     int rows;
-    int32_t **ids;                          /* [rows] new tokens */
-    int64_t *counts;                        /* [rows] */
-    ql_stop *stops;                         /* [rows] */
-    double prefill_seconds, decode_seconds; /* of the batch, the device synchronised at both ends */
+    int32_t **ids;   /* [rows] new tokens */
+    int64_t *counts; /* [rows] */
+    ql_stop *stops;  /* [rows] */
+    /* Of the batch, the device synchronised at both ends: until every row has its first token, and from there
+     * to the last. */
+    double prefill_seconds, decode_seconds;
     int64_t prompt_tokens, decode_steps;
     int64_t decode_tokens; /* fed in the decode steps: what decode_seconds was spent on */
 } ql_generated;
