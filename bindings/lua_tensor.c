@@ -4,6 +4,7 @@
 #include "ops.h"
 #include "widen.h"
 
+#include <math.h>
 #include <string.h>
 
 /* Rows and columns when the last dimension is the one that an operation runs over. */
@@ -328,7 +329,7 @@ static int fold(lua_State *L, bool maximum)
             double x = element(t->dtype, bytes + (size_t)(i * width + j) * size);
             if (!maximum)
                 value += x;
-            else if (x > value)
+            else if (x > value || isnan(x)) /* a NaN stays: nothing is above it */
                 value = x;
         }
         result[i] = value;

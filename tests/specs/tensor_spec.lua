@@ -124,6 +124,12 @@ describe("a tensor", function()
     assert.same({ 6, 15 }, matrix():sum():totable())
     assert.same({ 3, 6 }, matrix():max():totable())
     assert.equal("float64", matrix():sum():dtype())
+    for at = 1, 3 do -- a NaN is the maximum wherever it stands
+      local row = { 1, 2, 3 }
+      row[at] = 0 / 0
+      local maximum = qlua.tensor(row):max()
+      assert.is_true(maximum ~= maximum)
+    end
     assert.equal(0, qlua.tensor {}:sum())
     -- in float64: the small numbers are not lost
     close_to(16777216 + 100, qlua.tensor({ 16777216, 60, 20, 20 }):sum())
