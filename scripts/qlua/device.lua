@@ -1,5 +1,7 @@
 --- What a device can do, beyond the primitives in C: load models, measure time.
 
+local _ENV <const> = require "qlua.strict"
+
 local core = require "qlua.core"
 local stats = require "qlua.stats"
 local sys = require "qlua.sys"

@@ -4,6 +4,8 @@
 --- and the clock is read only after the device has finished. A question that does not fit the model's
 --- context is not cut: it is counted as too long and has no score.
 
+local _ENV <const> = require "qlua.strict"
+
 local sys = require "qlua.sys"
 local tasks = require "qlua.tasks"
 

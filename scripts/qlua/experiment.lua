@@ -6,6 +6,8 @@
 ---
 --- A failure of the outside world ends the script with one line and exit code 1 (qlua.cli.fail).
 
+local _ENV <const> = require "qlua.strict"
+
 local chat = require "qlua.chat"
 local cli = require "qlua.cli"
 local data = require "qlua.data"
@@ -23,7 +25,8 @@ local experiment = {}
 
 --- The folder of the running script, for what is bundled beside it.
 local function beside(path)
-  local folder = (arg and arg[0] or ""):match("^(.*)/[^/]*$") or "."
+  local arguments = _G.arg -- nil where no script runs
+  local folder = (arguments and arguments[0] or ""):match("^(.*)/[^/]*$") or "."
   return folder .. "/" .. path
 end
 

@@ -7,6 +7,8 @@
 --- Field names are those of lm_eval 0.4 (loggers/evaluation_tracker.py). Every file is written under a
 --- temporary name, synced and renamed: it appears whole or not at all.
 
+local _ENV <const> = require "qlua.strict"
+
 local failure = require "qlua.failure"
 local json = require "qlua.json"
 local lfs = require "lfs"

@@ -9,6 +9,8 @@
 --- message, hint}; misuse raises. Positions and dimensions count from 1; token ids are the vocabulary's,
 --- from 0.
 
+local _ENV <const> = require "qlua.strict"
+
 local core = require "qlua.core"
 local shapes = require "qlua.shapes"
 require "qlua.device"

@@ -12,6 +12,8 @@
 ---
 --- A user's metric is a Lua file that returns one, or a function that makes one, or a list of these.
 
+local _ENV <const> = require "qlua.strict"
+
 local core = require "qlua.core"
 local failure = require "qlua.failure"
 local stats = require "qlua.stats"
@@ -71,10 +73,9 @@ end
 --- Change of the probability of the right answer's token; only for items that have a target.
 ---@return qlua.metric
 function metrics.delta_p()
-  local metric = metrics.per_item("delta_p", nil, function(reference, test, item)
+  return metrics.per_item("delta_p", nil, function(reference, test, item)
     return item.target and core.metrics.delta_p(reference, test, { item.target })[1] or nil
   end)
-  return metric
 end
 
 --- Jaccard of the nuclei at top_p and a temperature.
@@ -86,14 +87,6 @@ function metrics.nucleus(top_p, temperature)
   return metrics.per_item(("nucleus@%g,t=%g"):format(top_p, temperature), true, function(reference, test)
     return core.metrics.nucleus(reference, test, top_p, temperature)[1]
   end)
-end
-
---- Logits [n, vocab] at once: { ln p(target) }, { target is the most likely token }.
----@param logits qlua.tensor
----@param targets integer[]
----@return number[], boolean[]
-function metrics.loglik(logits, targets)
-  return core.metrics.loglik(logits, targets)
 end
 
 local function check(metric, where)

@@ -1,6 +1,8 @@
 --- What a model can do, beyond the primitives in C: text in and out, generation with stop strings, its
 --- quantized twin.
 
+local _ENV <const> = require "qlua.strict"
+
 local core = require "qlua.core"
 local failure = require "qlua.failure"
 local policy = require "qlua.policy"

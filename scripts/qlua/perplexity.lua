@@ -6,6 +6,8 @@
 --- token is replaced by that token (where there is one), the first half is context only, and the logits at
 --- positions n/2 .. n-2 (from 0) are scored on the tokens after them: n - 1 - n/2 predictions a window.
 
+local _ENV <const> = require "qlua.strict"
+
 local core = require "qlua.core"
 local export = require "qlua.export"
 local failure = require "qlua.failure"
@@ -100,19 +102,6 @@ end
 local KL_PERCENTILES <const> = { 0.5, 0.9, 0.95, 0.99, 0.999, 1 }
 local DELTA_PERCENTILES <const> = { 0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1 }
 
-local function percentiles(values, shares)
-  -- one sort for all: stats.percentile of a sorted list sorts nothing new, but copies
-  local sorted, list = table.move(values, 1, #values, 1, {}), {}
-  table.sort(sorted)
-  for i, share in ipairs(shares) do
-    local at = share * (#sorted - 1) + 1
-    local below = math.floor(at)
-    local above = math.min(below + 1, #sorted)
-    list[i] = { share = share, value = sorted[below] + (at - below) * (sorted[above] - sorted[below]) }
-  end
-  return list
-end
-
 ---@class qlua.perplexity_summary
 ---@field n integer                                  predictions
 ---@field reference { value: number, stderr: number } perplexity
@@ -133,8 +122,8 @@ end
 function perplexity.summary(values)
   local a, b, n = values.reference, values.test, #values.reference
   local s = { n = n, reference = exponential(a), test = exponential(b), kl = mean(values.kl),
-    kl_percentiles = percentiles(values.kl, KL_PERCENTILES), delta_p = mean(values.delta_p),
-    delta_p_percentiles = percentiles(values.delta_p, DELTA_PERCENTILES), same_top = mean(values.same) }
+    kl_percentiles = stats.percentiles(values.kl, KL_PERCENTILES), delta_p = mean(values.delta_p),
+    delta_p_percentiles = stats.percentiles(values.delta_p, DELTA_PERCENTILES), same_top = mean(values.same) }
   local var_a, var_b, both = stats.covariance(a, a), stats.covariance(b, b), stats.covariance(a, b)
   s.log_ratio = { value = stats.mean(b) - stats.mean(a),
     stderr = math.sqrt(math.max(0, var_a + var_b - 2 * both) / n) }

@@ -11,6 +11,8 @@
 ---   policy   function(name, shape) -> nil (leave it), a scheme's name, or a table of these options for that
 ---   matrix
 
+local _ENV <const> = require "qlua.strict"
+
 local policy = {}
 
 local KNOWN <const> = { scheme = true, codebook = true, block = true, double = true, skip = true,

@@ -1,5 +1,7 @@
 --- Results for people: the tables that the bundled experiments print. Files are written by qlua.export.
 
+local _ENV <const> = require "qlua.strict"
+
 local evaluate = require "qlua.evaluate"
 local export = require "qlua.export"
 local stats = require "qlua.stats"

@@ -1,5 +1,7 @@
 --- Shapes of well-known models, for random weights. From their config.json.
 
+local _ENV <const> = require "qlua.strict"
+
 local function shape(s)
   return setmetatable(s, { __index = { max_context = 8192, rms_eps = 1e-5, rope_theta = 500000.0,
     tied = false } })

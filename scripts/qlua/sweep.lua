@@ -1,5 +1,7 @@
 --- Latency and memory of one forward pass over batch sizes, two models side by side.
 
+local _ENV <const> = require "qlua.strict"
+
 local device_methods = require "qlua.device"
 local stats = require "qlua.stats"
 local sys = require "qlua.sys"

@@ -1,5 +1,7 @@
 --- Several quantizations of one model on the same questions.
 
+local _ENV <const> = require "qlua.strict"
+
 local evaluate = require "qlua.evaluate"
 local metrics = require "qlua.metrics"
 local tasks = require "qlua.tasks"

@@ -1,3 +1,4 @@
+local lfs = require "lfs"
 local strict = require "qlua.strict"
 
 describe("strict globals", function()
@@ -21,6 +22,17 @@ describe("strict globals", function()
     assert.is_false((pcall(compile("print = nil"))))
     assert.is_function(print)
     assert.is_nil(rawget(_G, "x"))
+  end)
+
+  it("hold in every module of the library", function()
+    for name in lfs.dir "scripts/qlua" do
+      if name:find "%.lua$" and name ~= "strict.lua" and name ~= "meta.lua" then
+        local file <close> = assert(io.open("scripts/qlua/" .. name))
+        local code = file:read("a"):gsub("^#[^\n]*", ""):gsub("^[%s]*", "")
+        while code:find "^%-%-" do code = code:gsub("^%-%-[^\n]*%s*", "") end
+        assert.equal(1, (code:find('local _ENV <const> = require "qlua.strict"', 1, true)), name)
+      end
+    end
   end)
 
   it("cannot be taken off", function()
