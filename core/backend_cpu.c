@@ -5,13 +5,13 @@
  */
 #include "backend.h"
 
+#include "cpu_probe.h"
 #include "mem.h"
 #include "pool.h"
 #include "process.h"
 #include "qk.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -103,27 +103,13 @@ static void cpu_close(void *ctx)
     ql_free(c);
 }
 
-static ql_status select_kernels(const qk_cpu **out, ql_err *err)
-{
-    const char *wanted = getenv("QLUA_CPU");
-    int why;
-    if (wanted && !*wanted) wanted = NULL;
-    *out = qk_cpu_select(wanted, &why);
-    if (*out) return QL_OK;
-    if (why == QK_ERR_MISSING)
-        ql_err_set(err, QL_ERR_UNSUPPORTED, "QLUA_CPU=%s: this processor does not have it", wanted);
-    else
-        ql_err_set(err, QL_ERR_ARG, "QLUA_CPU=%s: no such instruction set", wanted);
-    return ql_err_hint(err, "unset QLUA_CPU, or use one of avx512, avx2, scalar that the processor has");
-}
-
 static ql_status cpu_open(int index, int threads, void **out, ql_err *err)
 {
     (void)index;
     *out = NULL;
     cpu_context *c = ql_calloc(1, sizeof *c);
     if (!c) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
-    ql_status status = select_kernels(&c->qk, err);
+    ql_status status = ql_cpu_select(&c->qk, err);
     if (status == QL_OK) status = ql_pool_decide_threads(threads, &c->threads, err);
     if (status == QL_OK) status = ql_pool_new(c->threads, &c->pool, err);
     if (status != QL_OK) {

@@ -2,10 +2,10 @@
 
 #include "mem.h"
 #include "pool.h"
-#include "qk.h"
 
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -64,6 +64,20 @@ static void measure(ql_pool *pool, probe *p, int rounds, ql_cpu_ceiling *out)
     }
 }
 
+ql_status ql_cpu_select(const qk_cpu **out, ql_err *err)
+{
+    const char *wanted = getenv("QLUA_CPU");
+    int why;
+    if (wanted && !*wanted) wanted = NULL;
+    *out = qk_cpu_select(wanted, &why);
+    if (*out) return QL_OK;
+    if (why == QK_ERR_MISSING)
+        ql_err_set(err, QL_ERR_UNSUPPORTED, "QLUA_CPU=%s: this processor does not have it", wanted);
+    else
+        ql_err_set(err, QL_ERR_ARG, "QLUA_CPU=%s: no such instruction set", wanted);
+    return ql_err_hint(err, "unset QLUA_CPU, or use one of avx512, avx2, scalar that the processor has");
+}
+
 ql_status ql_cpu_probe(int threads, size_t bytes, int rounds, ql_cpu_ceiling *out, ql_err *err)
 {
     *out = (ql_cpu_ceiling){0};
@@ -82,7 +96,8 @@ ql_status ql_cpu_probe(int threads, size_t bytes, int rounds, ql_cpu_ceiling *ou
     }
     madvise(buffer, bytes, MADV_HUGEPAGE);
     memset(buffer, 0, bytes);
-    p->qk = qk_cpu_select(NULL, NULL);
+    status = ql_cpu_select(&p->qk, err);
+    if (status != QL_OK) goto end;
     p->buffer = buffer;
     p->piece_bytes = bytes / (size_t)(threads * READ_PIECES) / 64 * 64;
     out->threads = threads;

@@ -27,18 +27,50 @@ static bool same_shape(const ql_tensor *a, const ql_tensor *b)
 }
 
 /* Two handles of one device share its memory. */
-static bool same_device(const ql_tensor *a, const ql_tensor *b)
+static bool same_device(const ql_device *x, const ql_device *y)
 {
-    const ql_device *x = ql_tensor_device(a), *y = ql_tensor_device(b);
     return x && y && x->backend == y->backend && x->index == y->index;
+}
+
+/* Every tensor lies on `dev`; those that an operation may do without are NULL. */
+static ql_status check_devices(const char *name, const ql_device *dev, const ql_tensor *const *all,
+                               size_t count, ql_err *err)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (all[i] && !same_device(dev, ql_tensor_device(all[i])))
+            return ql_err_set(err, QL_ERR_ARG, "%s: a tensor is empty or on another device than the others",
+                              name);
+    }
+    return QL_OK;
+}
+
+#define TOGETHER(name, dev, ...)                                                                             \
+    do {                                                                                                     \
+        const ql_tensor *const together[] = {__VA_ARGS__};                                                   \
+        ql_status apart = check_devices(name, dev, together, sizeof together / sizeof *together, err);       \
+        if (apart != QL_OK) return apart;                                                                    \
+    } while (0)
+
+static const ql_tensor *present(const ql_tensor *t)
+{
+    return t->storage ? t : NULL;
+}
+
+/* Dense [n, k] floats, or 4-bit codes with their scales. */
+static bool is_matrix(const ql_matrix *w)
+{
+    if (w->quant) return is(&w->data, QL_U8, 1) && is(&w->absmax, QL_F32, 1);
+    return w->data.storage && ql_dtype_is_weight(w->data.dtype) && w->data.ndim == 2 &&
+           w->data.shape[0] == w->n && w->data.shape[1] == w->k;
 }
 
 ql_status ql_op_embed(const ql_matrix *table, const ql_tensor *ids, ql_tensor *y, ql_err *err)
 {
     ql_device *dev = ql_tensor_device(y);
     REQUIRE(is(ids, QL_I32, 1) && is(y, QL_F32, 2), "embed", "ids are I32 [T], output is F32 [T, H]");
-    REQUIRE(!table->quant && table->k == y->shape[1] && ids->shape[0] == y->shape[0], "embed",
-            "the table is dense [V, H]");
+    REQUIRE(!table->quant && is_matrix(table) && table->k == y->shape[1] && ids->shape[0] == y->shape[0],
+            "embed", "the table is dense [V, H]");
+    TOGETHER("embed", dev, y, ids, &table->data);
     OP(dev, embed);
     return dev->backend->embed(dev->ctx, table, ids, y, err);
 }
@@ -49,6 +81,7 @@ ql_status ql_op_rmsnorm(const ql_tensor *x, const ql_tensor *w, float eps, ql_te
     REQUIRE(is(x, QL_F32, 2) && is(w, QL_F32, 1) && is(y, QL_F32, 2) && same_shape(x, y) &&
                 w->shape[0] == x->shape[1],
             "rmsnorm", "x and output are F32 [T, H], weight is F32 [H]");
+    TOGETHER("rmsnorm", dev, y, x, w);
     OP(dev, rmsnorm);
     return dev->backend->rmsnorm(dev->ctx, x, w, eps, y, err);
 }
@@ -58,9 +91,11 @@ ql_status ql_op_matmul(const ql_tensor *x, const ql_matrix *w, bool add, ql_tens
     ql_device *dev = ql_tensor_device(y);
     REQUIRE(is(x, QL_F32, 2) && is(y, QL_F32, 2) && x->shape[0] == y->shape[0], "matmul",
             "x is F32 [T, k], output is F32 [T, n]");
+    REQUIRE(is_matrix(w), "matmul", "the weight is neither dense [n, k] nor 4-bit");
     REQUIRE(x->shape[1] == w->k && y->shape[1] == w->n, "matmul",
             "the weight is [%lld, %lld], x has %lld columns", (long long)w->n, (long long)w->k,
             (long long)x->shape[1]);
+    TOGETHER("matmul", dev, y, x, &w->data, present(&w->absmax), present(&w->bias));
     OP(dev, matmul);
     return dev->backend->matmul(dev->ctx, x, w, add, y, err);
 }
@@ -74,6 +109,7 @@ ql_status ql_op_rope(ql_tensor *x, const ql_tensor *pos, const ql_tensor *cos, c
     REQUIRE(is(cos, QL_F32, 2) && is(sin, QL_F32, 2) && same_shape(cos, sin) && heads > 0 &&
                 x->shape[1] == 2 * cos->shape[1] * heads,
             "rope", "cos and sin are F32 [positions, D/2]");
+    TOGETHER("rope", dev, x, pos, cos, sin);
     OP(dev, rope);
     return dev->backend->rope(dev->ctx, x, pos, cos, sin, heads, err);
 }
@@ -92,6 +128,7 @@ ql_status ql_op_kv_write(const ql_tensor *k, const ql_tensor *v, const ql_tensor
                 is(pos, QL_I32, 1) && start->shape[0] == k->shape[0] && pos->shape[0] == k->shape[0],
             "kv_write", "k and v are F32 [T, kv_heads*D], start and pos are I32 [T]");
     REQUIRE(cache_fits(cache, k->shape[1]), "kv_write", "the cache is F32 [kv_heads, slots, D]");
+    TOGETHER("kv_write", dev, k, v, start, pos, cache.k, cache.v);
     OP(dev, kv_write);
     return dev->backend->kv_write(dev->ctx, k, v, start, pos, cache, err);
 }
@@ -107,6 +144,7 @@ ql_status ql_op_attention(const ql_tensor *q, ql_kv_view cache, const ql_tensor 
                 q->shape[1] == heads * cache.k->shape[2] &&
                 cache_fits(cache, cache.k->shape[0] * cache.k->shape[2]),
             "attention", "the cache is F32 [kv_heads, slots, D] and kv_heads divides heads");
+    TOGETHER("attention", dev, q, y, start, pos, cache.k, cache.v);
     OP(dev, attention);
     return dev->backend->attention(dev->ctx, q, cache, start, pos, heads, y, err);
 }
@@ -117,6 +155,7 @@ ql_status ql_op_swiglu(const ql_tensor *gate, const ql_tensor *up, ql_tensor *y,
     REQUIRE(is(gate, QL_F32, 2) && is(up, QL_F32, 2) && is(y, QL_F32, 2) && same_shape(gate, up) &&
                 same_shape(gate, y),
             "swiglu", "gate, up and output are F32 [T, F]");
+    TOGETHER("swiglu", dev, gate, up, y);
     OP(dev, swiglu);
     return dev->backend->swiglu(dev->ctx, gate, up, y, err);
 }
@@ -127,6 +166,7 @@ ql_status ql_op_gather_rows(const ql_tensor *x, const ql_tensor *rows, ql_tensor
     REQUIRE(is(x, QL_F32, 2) && is(rows, QL_I32, 1) && is(y, QL_F32, 2) && y->shape[0] == rows->shape[0] &&
                 y->shape[1] == x->shape[1],
             "gather_rows", "x is F32 [T, H], rows is I32 [n], output is F32 [n, H]");
+    TOGETHER("gather_rows", dev, x, rows, y);
     OP(dev, gather_rows);
     return dev->backend->gather_rows(dev->ctx, x, rows, y, err);
 }
@@ -138,6 +178,7 @@ ql_status ql_op_topk(const ql_tensor *x, int k, ql_tensor *values, ql_tensor *id
                 values->shape[0] == x->shape[0] && values->shape[1] == k,
             "topk", "x is F32 [n, V], outputs are F32 and I32 [n, k]");
     REQUIRE(k >= 1 && k <= x->shape[1], "topk", "k = %d is outside 1..%lld", k, (long long)x->shape[1]);
+    TOGETHER("topk", dev, x, values, ids);
     OP(dev, topk);
     return dev->backend->topk(dev->ctx, x, k, values, ids, err);
 }
@@ -148,6 +189,7 @@ ql_status ql_op_logsumexp(const ql_tensor *x, double temperature, ql_tensor *out
     REQUIRE(is(x, QL_F32, 2) && is(out, QL_F64, 1) && out->shape[0] == x->shape[0], "logsumexp",
             "x is F32 [n, V], output is F64 [n]");
     REQUIRE(temperature > 0, "logsumexp", "temperature %g is not above 0", temperature);
+    TOGETHER("logsumexp", dev, x, out);
     OP(dev, logsumexp);
     return dev->backend->logsumexp(dev->ctx, x, temperature, out, err);
 }
@@ -158,6 +200,7 @@ ql_status ql_op_softmax(const ql_tensor *x, double temperature, ql_tensor *y, ql
     REQUIRE(is(x, QL_F32, 2) && is(y, QL_F32, 2) && same_shape(x, y), "softmax",
             "x and output are F32 [n, V]");
     REQUIRE(temperature > 0, "softmax", "temperature %g is not above 0", temperature);
+    TOGETHER("softmax", dev, x, y);
     OP(dev, softmax);
     return dev->backend->softmax(dev->ctx, x, temperature, y, err);
 }
@@ -168,6 +211,7 @@ ql_status ql_op_gather_cols(const ql_tensor *x, const ql_tensor *cols, ql_tensor
     REQUIRE(is(x, QL_F32, 2) && is(cols, QL_I32, 1) && is(out, QL_F32, 1) && cols->shape[0] == x->shape[0] &&
                 out->shape[0] == x->shape[0],
             "gather_cols", "x is F32 [n, V], cols is I32 [n], output is F32 [n]");
+    TOGETHER("gather_cols", dev, x, cols, out);
     OP(dev, gather_cols);
     return dev->backend->gather_cols(dev->ctx, x, cols, out, err);
 }
@@ -178,7 +222,7 @@ ql_status ql_op_kl(const ql_tensor *a, const ql_tensor *b, ql_tensor *out, ql_er
     REQUIRE(is(a, QL_F32, 2) && is(b, QL_F32, 2) && same_shape(a, b) && is(out, QL_F64, 1) &&
                 out->shape[0] == a->shape[0],
             "kl", "both logits are F32 [n, V], output is F64 [n]");
-    REQUIRE(same_device(a, b), "kl", "the logits are on different devices");
+    TOGETHER("kl", dev, a, b, out);
     OP(dev, kl);
     return dev->backend->kl(dev->ctx, a, b, out, err);
 }
@@ -187,8 +231,9 @@ ql_status ql_op_binary(ql_binary_op op, const ql_tensor *a, const ql_tensor *b, 
 {
     ql_device *dev = ql_tensor_device(a);
     REQUIRE(a->dtype == QL_F32 && b->dtype == QL_F32 && y->dtype == QL_F32 && same_shape(a, b) &&
-                same_shape(a, y) && same_device(a, b),
-            "arithmetic", "operands are F32 tensors of one shape on one device");
+                same_shape(a, y),
+            "arithmetic", "operands are F32 tensors of one shape");
+    TOGETHER("arithmetic", dev, a, b, y);
     OP(dev, binary);
     return dev->backend->binary(dev->ctx, op, a, b, 0, false, y, err);
 }
@@ -199,6 +244,7 @@ ql_status ql_op_binary_scalar(ql_binary_op op, const ql_tensor *a, float scalar,
     ql_device *dev = ql_tensor_device(a);
     REQUIRE(a->dtype == QL_F32 && y->dtype == QL_F32 && same_shape(a, y), "arithmetic",
             "the operand is an F32 tensor");
+    TOGETHER("arithmetic", dev, a, y);
     OP(dev, binary);
     return dev->backend->binary(dev->ctx, op, a, NULL, scalar, reversed, y, err);
 }
@@ -208,6 +254,7 @@ ql_status ql_op_convert(const ql_tensor *src, ql_tensor *dst, ql_err *err)
     ql_device *dev = ql_tensor_device(src);
     REQUIRE(ql_dtype_is_weight(src->dtype) && ql_dtype_is_weight(dst->dtype) && same_shape(src, dst),
             "convert", "source and destination are F32, F16 or BF16 of one shape");
+    TOGETHER("convert", dev, src, dst);
     OP(dev, convert);
     return dev->backend->convert(dev->ctx, src, dst, err);
 }
@@ -224,6 +271,7 @@ ql_status ql_op_quantize4(const ql_tensor *src, int block, const float threshold
                 packed->shape[0] == (n + 1) / 2 && absmax->shape[0] == (n + block - 1) / block,
             "quantize4",
             "source is F32, F16 or BF16, codes are U8 [ceil(n/2)], absmax is F32 [ceil(n/block)]");
+    TOGETHER("quantize4", dev, src, packed, absmax);
     OP(dev, quantize4);
     return dev->backend->quantize4(dev->ctx, src, block, thresholds, order, zero_code, packed, absmax, err);
 }
@@ -231,9 +279,10 @@ ql_status ql_op_quantize4(const ql_tensor *src, int block, const float threshold
 ql_status ql_op_dequantize4(const ql_matrix *w, ql_tensor *dst, ql_err *err)
 {
     ql_device *dev = ql_tensor_device(dst);
-    REQUIRE(w->quant && ql_dtype_is_weight(dst->dtype) && dst->ndim == 2 && dst->shape[0] == w->n &&
-                dst->shape[1] == w->k,
+    REQUIRE(w->quant && is_matrix(w) && ql_dtype_is_weight(dst->dtype) && dst->ndim == 2 &&
+                dst->shape[0] == w->n && dst->shape[1] == w->k,
             "dequantize4", "the matrix is 4-bit and the output is a float tensor [n, k]");
+    TOGETHER("dequantize4", dev, dst, &w->data, &w->absmax);
     OP(dev, dequantize4);
     return dev->backend->dequantize4(dev->ctx, w, dst, err);
 }

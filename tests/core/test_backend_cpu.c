@@ -392,6 +392,31 @@ static void test_indices_are_checked(void **state)
     ql_device_release(dev);
 }
 
+static void test_tensors_are_checked(void **state)
+{
+    (void)state;
+    ql_device *dev;
+    OK(ql_device_open("cpu", 1, &dev, &error));
+    ql_tensor none = {.dtype = QL_F32, .ndim = 2, .shape = {2, 32}}, x = new_random(dev, 2, 32),
+              y = new_random(dev, 2, 8), same = new_random(dev, 2, 32);
+    assert_int_equal(ql_op_binary_scalar(QL_BIN_ADD, &none, 1, false, &same, &error), QL_ERR_ARG);
+    assert_int_equal(ql_op_binary(QL_BIN_ADD, &x, &none, &same, &error), QL_ERR_ARG);
+    assert_int_equal(ql_op_convert(&none, &same, &error), QL_ERR_ARG);
+    assert_int_equal(ql_op_convert(&x, &none, &error), QL_ERR_ARG);
+    ql_matrix w = make_matrix(dev, 8, 32, QL_F32, 0);
+    OK(ql_op_matmul(&x, &w, false, &y, &error));
+    w.data.dtype = QL_I32;
+    assert_int_equal(ql_op_matmul(&x, &w, false, &y, &error), QL_ERR_ARG);
+    w.data.dtype = QL_F32;
+    w.data.shape[0] = 7; /* fewer rows than the matrix claims */
+    assert_int_equal(ql_op_matmul(&x, &w, false, &y, &error), QL_ERR_ARG);
+    ql_matrix_free(&w);
+    ql_tensor_free(&x);
+    ql_tensor_free(&y);
+    ql_tensor_free(&same);
+    ql_device_release(dev);
+}
+
 static void test_nothing_to_do(void **state)
 {
     (void)state;
@@ -414,6 +439,12 @@ static void test_probe(void **state)
     ql_cpu_ceiling c;
     OK(ql_cpu_probe(1, 1 << 20, 1, &c, &error));
     assert_true(c.threads == 1 && c.read_bytes_per_second > 0 && c.flops_per_second > 0 && c.isa[0]);
+    setenv("QLUA_CPU", "scalar", 1);
+    OK(ql_cpu_probe(1, 1 << 20, 1, &c, &error));
+    assert_string_equal(c.isa, "scalar");
+    setenv("QLUA_CPU", "z80", 1);
+    assert_int_equal(ql_cpu_probe(1, 1 << 20, 1, &c, &error), QL_ERR_ARG);
+    unsetenv("QLUA_CPU");
     for (long n = 0; n < 3; n++) {
         ql_mem_fail_after(n, true);
         assert_int_equal(ql_cpu_probe(1, 1 << 20, 1, &c, &error), QL_ERR_MEMORY);
@@ -432,6 +463,7 @@ int main(void)
         cmocka_unit_test(test_failed_allocations),
         cmocka_unit_test(test_same_bits_for_any_threads_and_instruction_set),
         cmocka_unit_test(test_indices_are_checked),
+        cmocka_unit_test(test_tensors_are_checked),
         cmocka_unit_test(test_nothing_to_do),
         cmocka_unit_test(test_probe),
     };
