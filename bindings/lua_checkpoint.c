@@ -2,6 +2,7 @@
 #include "checkpoint.h"
 #include "lua_box.h"
 #include "mem.h"
+#include "ops.h"
 #include "quant.h"
 #include "widen.h"
 
@@ -90,13 +91,18 @@ static int push_decoded(lua_State *L, const ql_checkpoint *ck, const char *name)
     ql_device *dev = qlua_device_host(L);
     qlua_pressure(L, 0);
     ql_tensor *out = qlua_tensor_push(L);
-    ql_matrix m = {0};
     ql_err err;
-    ql_status status = ql_quant_load(ck, name, dev, NULL, &m, &err);
-    if (status == QL_OK)
-        status = ql_tensor_new_2d(dev, NULL, QL_MEM_ACTIVATIONS, QL_F32, m.n, m.k, out, &err);
-    if (status == QL_OK) status = ql_quant_decode(&m, out->data, &err);
-    ql_matrix_free(&m);
+    ql_status status;
+    int tries = 0;
+    do {
+        ql_matrix m = {0};
+        ql_tensor_free(out);
+        status = ql_quant_load(ck, name, dev, NULL, &m, &err);
+        if (status == QL_OK)
+            status = ql_tensor_new_2d(dev, NULL, QL_MEM_ACTIVATIONS, QL_F32, m.n, m.k, out, &err);
+        if (status == QL_OK) status = ql_op_dequantize4(&m, out, &err);
+        ql_matrix_free(&m);
+    } while (qlua_retry(L, status, &tries));
     return status == QL_OK ? 1 : qlua_fail(L, &err);
 }
 
@@ -124,20 +130,22 @@ static int checkpoint_tensor(lua_State *L)
     ql_device *dev = qlua_device_host(L);
     qlua_pressure(L, bytes);
     ql_tensor *out = qlua_tensor_push(L);
-    void *raw = ql_malloc(bytes);
-    if (!raw) {
-        ql_err_set(&err, QL_ERR_MEMORY, "out of memory for tensor '%s' of %zu bytes", name, bytes);
-        return qlua_push_err(L, &err);
-    }
-    status = ql_checkpoint_read(ck, t, 0, bytes, raw, &err);
-    if (status == QL_OK)
+    int tries = 0;
+    do {
+        ql_tensor_free(out);
+        void *raw = ql_malloc(bytes ? bytes : 1);
         status =
-            ql_tensor_new(dev, NULL, QL_MEM_ACTIVATIONS, narrow ? QL_F32 : QL_F64, ndim, shape, out, &err);
-    if (status == QL_OK && !(narrow ? ql_widen_f32(t->dtype, raw, count, out->data)
-                                    : ql_widen_f64(t->dtype, raw, count, out->data)))
-        status = ql_err_set(&err, QL_ERR_UNSUPPORTED, "tensor '%s' is %s, which qlua does not decode", name,
-                            ql_dtype_name(t->dtype));
-    ql_free(raw);
+            raw ? ql_checkpoint_read(ck, t, 0, bytes, raw, &err)
+                : ql_err_set(&err, QL_ERR_MEMORY, "out of memory for tensor '%s' of %zu bytes", name, bytes);
+        if (status == QL_OK)
+            status = ql_tensor_new(dev, NULL, QL_MEM_ACTIVATIONS, narrow ? QL_F32 : QL_F64, ndim, shape, out,
+                                   &err);
+        if (status == QL_OK && !(narrow ? ql_widen_f32(t->dtype, raw, count, out->data)
+                                        : ql_widen_f64(t->dtype, raw, count, out->data)))
+            status = ql_err_set(&err, QL_ERR_UNSUPPORTED, "tensor '%s' is %s, which qlua does not decode",
+                                name, ql_dtype_name(t->dtype));
+        ql_free(raw);
+    } while (qlua_retry(L, status, &tries));
     return status == QL_OK ? 1 : qlua_push_err(L, &err);
 }
 

@@ -507,7 +507,11 @@ static int new_tensor(lua_State *L)
     qlua_pressure(L, count);
     ql_tensor *out = qlua_tensor_push(L);
     ql_err err;
-    ql_status status = ql_tensor_new(dev, NULL, QL_MEM_ACTIVATIONS, QL_F32, ndim, shape, out, &err);
+    ql_status status;
+    int tries = 0;
+    do {
+        status = ql_tensor_new(dev, NULL, QL_MEM_ACTIVATIONS, QL_F32, ndim, shape, out, &err);
+    } while (qlua_retry(L, status, &tries));
     if (status == QL_OK) status = ql_tensor_upload(out, host, count, &err);
     return check(L, status, &err, 1);
 }
