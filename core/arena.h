@@ -1,8 +1,9 @@
 /* The memory account of one model on one device.
  *
- * An arena does not hold memory itself: every ql_storage made for a model is charged to the model's arena, by
- * kind, so that two models in one process have high-water marks of their own. Reference-counted, because a
- * tensor may outlive the model that made it. Counters are atomic: threads may allocate at the same time.
+ * An arena does not hold memory itself: every ql_storage made for a model, and what double quantization keeps
+ * on the host, is charged to the model's arena, by kind, so that two models in one process have high-water
+ * marks of their own. Reference-counted, because a tensor may outlive the model that made it. Counters are
+ * atomic: threads may allocate at the same time.
  */
 #ifndef QL_ARENA_H
 #define QL_ARENA_H

@@ -13,9 +13,22 @@ ql_quant *ql_quant_retain(ql_quant *q)
 void ql_quant_release(ql_quant *q)
 {
     if (!q || __atomic_fetch_sub(&q->refs, 1, __ATOMIC_ACQ_REL) != 1) return;
+    if (q->arena) ql_arena_refund(q->arena, QL_MEM_WEIGHTS, ql_quant_host_bytes(q));
+    ql_arena_release(q->arena);
     ql_free(q->absmax8);
     ql_free(q->nested_absmax);
     ql_free(q);
+}
+
+size_t ql_quant_host_bytes(const ql_quant *q)
+{
+    return q && q->nested ? q->blocks * sizeof *q->absmax8 + q->nested_blocks * sizeof *q->nested_absmax : 0;
+}
+
+void ql_quant_charge(ql_quant *q, ql_arena *arena)
+{
+    q->arena = ql_arena_retain(arena);
+    ql_arena_charge(arena, QL_MEM_WEIGHTS, ql_quant_host_bytes(q));
 }
 
 void ql_matrix_free(ql_matrix *m)

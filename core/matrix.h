@@ -23,10 +23,15 @@ typedef struct {
     uint8_t *absmax8;      /* [blocks], only when nested */
     float *nested_absmax;  /* [nested_blocks], only when nested */
     float nested_map[256]; /* 8-bit code book, only when nested */
+    ql_arena *arena;       /* one reference: charged with ql_quant_host_bytes; NULL: nobody is */
 } ql_quant;
 
 ql_quant *ql_quant_retain(ql_quant *q);
 void ql_quant_release(ql_quant *q);
+/* Bytes of host memory that double quantization keeps for saving; 0 without it. */
+size_t ql_quant_host_bytes(const ql_quant *q);
+/* Charge them to `arena` (may be NULL) as weights, until the last reference goes. Once. */
+void ql_quant_charge(ql_quant *q, ql_arena *arena);
 
 typedef struct {
     int64_t n, k;     /* outputs, inputs */

@@ -320,6 +320,7 @@ ql_status ql_quant_matrix(const ql_matrix *dense, const ql_quant_spec *spec, ql_
     if (spec->double_quant) status = nest(out, q, err);
     if (status != QL_OK) goto fail;
     out->bias = ql_tensor_ref(&dense->bias);
+    ql_quant_charge(q, arena);
     return QL_OK;
 fail:
     ql_matrix_free(out);
@@ -401,6 +402,7 @@ ql_status ql_quant_load(const ql_checkpoint *ck, const char *name, ql_device *de
     if (status == QL_OK) status = ql_tensor_upload(&out->absmax, absmax, q->blocks * sizeof *absmax, err);
     if (status == QL_OK) status = read_tensor(ck, qt.weight, &out->data, err);
     if (status != QL_OK) goto fail;
+    ql_quant_charge(q, arena);
     ql_free(absmax);
     return QL_OK;
 fail:

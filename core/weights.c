@@ -464,13 +464,19 @@ static bool is_tied(const ql_weights *w)
     return w->lm_head.data.storage == w->embed.data.storage;
 }
 
+/* What a matrix holds on the device and, for saving, on the host. */
+static size_t resident(const ql_matrix *m)
+{
+    return ql_matrix_bytes(m) + ql_quant_host_bytes(m->quant);
+}
+
 size_t ql_weights_bytes(const ql_weights *w)
 {
-    size_t sum = ql_matrix_bytes(&w->embed) + ql_tensor_bytes(&w->norm);
-    if (!is_tied(w)) sum += ql_matrix_bytes(&w->lm_head);
+    size_t sum = resident(&w->embed) + ql_tensor_bytes(&w->norm);
+    if (!is_tied(w)) sum += resident(&w->lm_head);
     for (int64_t i = 0; i < w->layers; i++) {
         sum += ql_tensor_bytes(&w->layer[i].input_norm) + ql_tensor_bytes(&w->layer[i].post_norm);
-        for (int kind = 0; kind < QL_LINEARS; kind++) sum += ql_matrix_bytes(&w->layer[i].linear[kind]);
+        for (int kind = 0; kind < QL_LINEARS; kind++) sum += resident(&w->layer[i].linear[kind]);
     }
     return sum;
 }

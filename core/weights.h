@@ -61,7 +61,7 @@ const char *ql_linear_name(int64_t layer, ql_linear kind, char text[64]);
 /* Shape [n, k] of a linear layer under `config`. */
 void ql_linear_shape(const ql_config *config, ql_linear kind, int64_t *n /* [OUT] */, int64_t *k /* [OUT] */);
 
-size_t ql_weights_bytes(const ql_weights *w);   /* device bytes of all tensors, shared ones once each */
+size_t ql_weights_bytes(const ql_weights *w);   /* of all tensors, shared ones once each */
 int64_t ql_weights_params(const ql_weights *w); /* parameters, tied head counted once */
 bool ql_weights_is_quantized(const ql_weights *w);
 

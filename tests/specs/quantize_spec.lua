@@ -183,6 +183,22 @@ describe("the twin", function()
     assert.is_true(memory.resident < full:memory().resident)
   end)
 
+  it("counts what double quantization keeps on the host", function()
+    local before = full:memory()
+    local single <close> = assert(full:quantize {})
+    local double <close> = assert(full:quantize { double = true })
+    local more = 0
+    for _, m in ipairs(double:matrices()) do
+      local blocks = m.rows * m.columns // 64
+      if m.scheme then more = more + blocks + 4 * ((blocks + 255) // 256) end
+    end
+    assert.is_true(more > 0)
+    assert.equal(more, double:memory().weights - single:memory().weights)
+    assert.equal(more, double:info().bytes - single:info().bytes)
+    assert.equal(double:info().bytes, double:memory().resident)
+    assert.same(before, full:memory())
+  end)
+
   it("and the full model outlive each other, in any order", function()
     local device = support.device()
     for _ = 1, 2 do
