@@ -232,5 +232,10 @@ int main(int argc, char **argv)
     if (ql_interrupted()) run.exit_code = EXIT_INTERRUPTED;
     qlua_interrupt_close();
     lua_close(L);
+    /* A result that did not reach its reader is a failure: a full disk, a closed pipe. */
+    if ((fflush(stdout) != 0 || ferror(stdout)) && run.exit_code == EXIT_SUCCESS) {
+        qlua_chunk_message("cannot write to standard output");
+        return EXIT_FAILURE;
+    }
     return run.exit_code;
 }

@@ -6,7 +6,6 @@
 --- ratio. The same works from a file with --metric (examples/metrics/rank.lua is one).
 
 local cli = require "qlua.cli"
-local evaluate = require "qlua.evaluate"
 local experiment = require "qlua.experiment"
 local metrics = require "qlua.metrics"
 local results = require "qlua.results"
@@ -30,9 +29,9 @@ end)
 
 local list = table.move(run.metrics, 1, #run.metrics, 3, { kept, metrics.kl() })
 local rows, too_long = run:question_rows "question"
-local bar <close> = run:progress(#rows, "questions")
-run:must(evaluate.last_positions(run.full, run.test, rows, { batch_size = opts.batch_size, progress = bar,
-  each = function(reference, test, item) metrics.add(list, reference, test, item) end }))
-bar:close()
+run:last_positions(rows, { each = function(reference, test, item)
+  metrics.add(list, reference, test, item)
+end })
 results.metrics(run, { task = run.items.subject .. ", after the question", questions = #run.items,
   too_long = too_long, rows = rows, pair = metrics.summary(list, opts.seed), control = {} })
+run:finish()

@@ -7,7 +7,6 @@
 --- size: what is noise.
 
 local cli = require "qlua.cli"
-local evaluate = require "qlua.evaluate"
 local experiment = require "qlua.experiment"
 local metrics = require "qlua.metrics"
 local results = require "qlua.results"
@@ -39,21 +38,18 @@ local function measures(user)
   return table.move(user, 1, #user, #list + 1, list)
 end
 
-local pair, control = measures(run.metrics), measures {}
-local bar <close> = run:progress(#rows, "questions")
-run:must(evaluate.last_positions(run.full, run.test, rows, {
-  batch_size = opts.batch_size,
-  progress = bar,
+local pair, control = measures(run.metrics), measures(run:must(metrics.load_all(opts.metric)))
+run:last_positions(rows, {
   control = true,
   each = function(reference, test, item, again)
     metrics.add(pair, reference, test, item)
     metrics.add(control, reference, again, item)
   end,
-}))
-bar:close()
+})
 
 results.metrics(run, {
   task = ("%s, after the %s"):format(run.items.subject, opts.position),
   questions = #run.items, too_long = too_long, rows = rows,
   pair = metrics.summary(pair, opts.seed), control = metrics.summary(control, opts.seed),
 })
+run:finish()

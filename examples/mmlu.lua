@@ -38,8 +38,13 @@ local models = { run.full, run.test }
 local function outcome(o, evaluator)
   o.prepared = evaluate.prepare(run.tokenizer, o.task, o.items, { max_context = run.context,
     template = o.template })
+  o.evaluations = evaluate.evaluations(#models)
   local bar <close> = run:progress(#o.items, o.task.name)
-  o.evaluations = run:must(evaluator(o.prepared, bar))
+  run:until_interrupted(function()
+    run:must(evaluator(o.prepared, { device = run.device, batch_size = opts.batch_size, progress = bar,
+      evaluations = o.evaluations }))
+  end)
+  evaluate.trim(o.evaluations)
   return o
 end
 
@@ -49,12 +54,12 @@ local function by_loglikelihood(items)
   local template = opts.apply_chat_template and run:template(opts.apply_chat_template) or nil
   local list = { metrics.kl(), metrics.delta_p() }
   table.move(run.metrics, 1, #run.metrics, #list + 1, list)
-  local o = outcome({ task = task, items = items, template = template }, function(prepared, bar)
-    return evaluate.loglikelihood(models, prepared, { device = run.device, batch_size = opts.batch_size,
-      progress = bar, each = function(reference, test, p)
-        metrics.add(list, reference, test, setmetatable({ target = p.target, index = p.index },
-          { __index = p.item }))
-      end })
+  local o = outcome({ task = task, items = items, template = template }, function(prepared, how)
+    how.each = function(reference, test, p)
+      metrics.add(list, reference, test, setmetatable({ target = p.target, index = p.index },
+        { __index = p.item }))
+    end
+    return evaluate.loglikelihood(models, prepared, how)
   end)
   o.metrics = metrics.summary(list, opts.seed)
   return o
@@ -67,15 +72,18 @@ local function by_generation(items)
   local generation = { max_new_tokens = opts.max_gen_toks, seed = opts.seed,
     temperature = opts.temperature or task.generation.temperature }
   return outcome({ task = task, items = items, template = template, generation = generation },
-    function(prepared, bar)
-      return evaluate.generation(models, run.tokenizer, task, prepared, { device = run.device, progress = bar,
-        template = template, batch_size = opts.batch_size, generation = generation })
+    function(prepared, how)
+      how.template, how.generation = template, generation
+      return evaluate.generation(models, run.tokenizer, task, prepared, how)
     end)
 end
 
 local outcomes = {}
 for _, items in ipairs(run.tasks) do
   if not post and opts.mode ~= "boxed" then outcomes[#outcomes + 1] = by_loglikelihood(items) end
+  if run.interrupted then break end
   if post or opts.mode ~= "loglikelihood" then outcomes[#outcomes + 1] = by_generation(items) end
+  if run.interrupted then break end
 end
 results.mmlu(run, outcomes)
+run:finish()

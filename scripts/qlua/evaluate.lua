@@ -211,7 +211,10 @@ end
 ---@field decode_tokens integer
 ---@field words integer?
 
-local function new_evaluations(count)
+--- Empty evaluations for `count` models, to be filled in as batches finish: what an interrupted run keeps.
+---@param count integer
+---@return qlua.evaluation[]
+function evaluate.evaluations(count)
   local list = {}
   for i = 1, count do
     list[i] = { results = {}, seconds = 0, prefill_seconds = 0, decode_seconds = 0, prompt_tokens = 0,
@@ -220,10 +223,24 @@ local function new_evaluations(count)
   return list
 end
 
+--- Drops results of a batch that only some of the models finished, so that all have the same questions.
+---@param evaluations qlua.evaluation[]
+function evaluate.trim(evaluations)
+  local least = math.huge
+  for _, e in ipairs(evaluations) do least = math.min(least, #e.results) end
+  for _, e in ipairs(evaluations) do
+    for i = #e.results, least + 1, -1 do
+      e.words = e.words - (e.results[i].words or 0)
+      e.results[i] = nil
+    end
+  end
+end
+
 ---@class qlua.run_options
 ---@field device qlua.device
 ---@field batch_size integer
 ---@field progress? { step: function }
+---@field evaluations? qlua.evaluation[]  filled in batch by batch; default: new ones
 ---@field each? fun(reference: qlua.tensor, test: qlua.tensor, prepared: qlua.prepared)  logits at the answer
 ---  position
 
@@ -233,7 +250,7 @@ end
 ---@param options qlua.run_options
 ---@return qlua.evaluation[]?, qlua.failure?
 function evaluate.loglikelihood(models, prepared, options)
-  local evaluations = new_evaluations(#models)
+  local evaluations = options.evaluations or evaluate.evaluations(#models)
   for i, batch in ipairs(batches(prepared, options.batch_size)) do
     local rows, counts, places, total = layout(batch)
     local tokens = 0
@@ -271,6 +288,12 @@ function evaluate.loglikelihood(models, prepared, options)
   return evaluations
 end
 
+--- A row once more in a batch of another size: alone, or beside itself where batches hold one row anyway.
+local function again_alone(full, ids, options)
+  if not options.control then return nil end
+  return full:forward(options.batch_size == 1 and { ids, ids } or { ids }, { rows = "last" })
+end
+
 --- The logits after the last token of every row, batch by batch, of two models and, with `control`, of the
 --- first one again with every row in a batch of its own: the noise floor. Rows: { ids = {...}, item = ... }.
 ---@param full qlua.model
@@ -295,7 +318,8 @@ function evaluate.last_positions(full, test, rows, options)
     for i = first, last do
       local x <close> = a:select(1, i - first + 1)
       local y <close> = b:select(1, i - first + 1)
-      local again <close> = options.control and full:forward({ rows[i].ids }, { rows = "last" }) or nil
+      local again <close>, err = again_alone(full, rows[i].ids, options)
+      if err then return nil, err end
       local z <close> = again and again:select(1, 1) or nil
       options.each(x, y, rows[i].item, z)
     end
@@ -316,7 +340,7 @@ end
 ---  bos: boolean? }
 ---@return qlua.evaluation[]?, qlua.failure?
 function evaluate.generation(models, tok, task, prepared, options)
-  local evaluations = new_evaluations(#models)
+  local evaluations = options.evaluations or evaluate.evaluations(#models)
   for i, batch in ipairs(batches(prepared, options.batch_size)) do
     for _, m in ipairs(order(#models, i)) do
       options.device:sync()

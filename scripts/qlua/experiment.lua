@@ -11,8 +11,10 @@ local _ENV <const> = require "qlua.strict"
 local chat = require "qlua.chat"
 local cli = require "qlua.cli"
 local data = require "qlua.data"
+local evaluate = require "qlua.evaluate"
 local export = require "qlua.export"
 local failure = require "qlua.failure"
+local interrupt = require "qlua.interrupt"
 local metrics = require "qlua.metrics"
 local policy = require "qlua.policy"
 local progress = require "qlua.progress"
@@ -231,6 +233,42 @@ function run:some(scored, too_long, longest)
   if scored > 0 then return end
   self:must(nil, ("nothing to score: of %d questions %d are longer than %d tokens"):format(#self.items,
     too_long, longest))
+end
+
+--- Runs `fn`, which adds up results as it goes. Ctrl-C ends it and not the script: what is finished is kept
+--- and shown.
+---@param fn function
+---@return boolean finished
+function run:until_interrupted(fn)
+  local ok, err = xpcall(fn, function(e) return interrupt.pending() and e or debug.traceback(e, 2) end)
+  if ok then return true end
+  if not interrupt.pending() then error(err, 0) end
+  interrupt.clear()
+  self.interrupted = true
+  io.stderr:write("\n", self.name, ": interrupted: what is finished follows\n")
+  return false
+end
+
+--- qlua.evaluate's last_positions on the run's two models, with progress; rows that Ctrl-C left out are
+--- taken off the list.
+---@param rows { ids: integer[], item: table }[]
+---@param options { control: boolean?, each: function }
+function run:last_positions(rows, options)
+  local bar <close> = self:progress(#rows, "questions")
+  local done = 0
+  self:until_interrupted(function()
+    self:must(evaluate.last_positions(self.full, self.test, rows, { batch_size = self.opts.batch_size,
+      progress = bar, control = options.control, each = function(...)
+        options.each(...)
+        done = done + 1
+      end }))
+  end)
+  for i = #rows, done + 1, -1 do rows[i] = nil end
+end
+
+--- The end of a script whose run may have been interrupted.
+function run:finish()
+  if self.interrupted then os.exit(130, true) end
 end
 
 --- A progress line on stderr.

@@ -27,6 +27,9 @@ local function plural(n, word) return ("%d %s%s"):format(n, word, n == 1 and "" 
 --- How many questions there were and what became of those that have no score.
 local function accounted(total, scored, too_long, context, all)
   local parts = { plural(total, "question"), scored .. " scored" }
+  if scored + too_long < total then
+    parts[#parts + 1] = ("%d not reached (interrupted)"):format(total - scored - too_long)
+  end
   if too_long > 0 then parts[#parts + 1] = ("%d longer than the %d-token context"):format(too_long,
     context) end
   if all and all > total then
@@ -48,20 +51,22 @@ end
 function results.metrics(run, r)
   say(run:header(), ("task      %s: %s\n\n"):format(r.task, accounted(r.questions, #r.rows, r.too_long,
     run.context, run.items.all)))
-  local control = {}
+  local control, columns = {}, { "metric", { "mean [95 % bootstrap]", align = "right" },
+    { "median", align = "right" } }
   for _, row in ipairs(r.control) do control[row.name] = row end
-  local t = tables.new { "metric", { "mean [95 % bootstrap]", align = "right" }, { "median",
-    align = "right" },
-    { "full v full", align = "right" } }
+  local controlled = #r.control > 0
+  if controlled then columns[4] = { "full v full", align = "right" } end
+  local t = tables.new(columns)
+  local function shown(value) return value and format_of(value):format(value) or "-" end
   for _, row in ipairs(r.pair) do
     local same = control[row.name]
-    t:add(row.name, bounded(row.value, row.low, row.high, format_of(row.value)),
-      row.median and format_of(row.median):format(row.median) or "-",
-      same and same.value and format_of(same.value):format(same.value) or "-")
+    local cells = { row.name, bounded(row.value, row.low, row.high, format_of(row.value)), shown(row.median) }
+    if controlled then cells[4] = shown(same and same.value) end
+    t:add(table.unpack(cells))
   end
   say(t:text { bold = tables.bold_allowed(run.stdout_is_terminal) })
-  say(("\n%s v %s; full v full is the same model in another batch size: what it shows is noise.\n"):format(
-    run.labels[1], run.labels[2]))
+  say(("\n%s v %s%s\n"):format(run.labels[1], run.labels[2],
+    controlled and "; full v full is the same model in another batch size: what it shows is noise" or ""))
   if run.opts.output_path then written(export.metrics(run, r)) end
 end
 
@@ -174,7 +179,7 @@ function results.mmlu(run, outcomes)
     local too_long = 0
     for _, p in ipairs(o.prepared) do if p.too_long then too_long = too_long + 1 end end
     o.too_long = too_long
-    say(("task      %s: %s\n"):format(o.task.name, accounted(#o.items, #o.items - too_long, too_long,
+    say(("task      %s: %s\n"):format(o.task.name, accounted(#o.items, #o.evaluations[1].results, too_long,
       run.context, o.items.all)))
   end
   say "\n"

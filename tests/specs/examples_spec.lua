@@ -176,6 +176,33 @@ describe("no question that fits", function()
   end)
 end)
 
+describe("Ctrl-C", function()
+  it("keeps and shows what is finished, whole files, and ends with 130", function()
+    local seconds = os.getenv "UBSAN_OPTIONS" and 15 or 2
+    local command = ("timeout --preserve-status -s INT %d %s examples/mmlu.lua --batch_size 1 --log_samples "
+      .. "--output_path %s/results 2>&1; echo $?"):format(seconds, quote(os.getenv "QLUA" or QLUA), folder)
+    local pipe <close> = assert(io.popen(command))
+    local out = pipe:read "a"
+    assert.truthy(out:find "130\n$", out)
+    assert.truthy(out:find("interrupted: what is finished follows", 1, true), out)
+    assert.truthy(out:find("not reached (interrupted)", 1, true), out)
+    local samples = {}
+    for _, path in ipairs(files(folder .. "/results")) do
+      assert.is_nil(path:find "/%.", path)
+      local file <close> = assert(io.open(path))
+      local text = file:read "a"
+      if path:find "%.jsonl$" then
+        local _, lines = text:gsub("\n", "\n")
+        samples[#samples + 1] = lines
+      else
+        assert.truthy(json.decode(text))
+      end
+    end
+    assert.is_true(#samples >= 2 and samples[1] > 0)
+    assert.equal(samples[1], samples[#samples // 2 + 1]) -- both models have the same questions
+  end)
+end)
+
 describe("out of memory", function()
   --- Runs an example with at most `kib` of address space.
   local function limited(kib, ...)

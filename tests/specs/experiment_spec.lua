@@ -44,3 +44,12 @@ describe("an experiment refuses, before it begins,", function()
     says(refused("mmlu", "--num_fewshot", "2", "--output_path", os.tmpname() .. "x"), "lantern_isles_dev.csv")
   end)
 end)
+
+describe("standard output that is full", function()
+  it("is a failure, not a silence", function()
+    local pipe <close> = assert(io.popen(quote(QLUA) .. " -e 'print(1)' 2>&1 >/dev/full; echo $?"))
+    local text = pipe:read "a"
+    says(text, "cannot write to standard output")
+    assert.truthy(text:find "\n1\n$", text)
+  end)
+end)
