@@ -304,6 +304,8 @@ function run:header()
     lines[#lines + 1] = ("quantized %s (%s), %s resident, decoded to %s, activations float32"):format(
       q.label, detail,
       table_text.bytes(test.bytes), decoded_to(self.test) or test.dtype)
+    lines[#lines + 1] = ("          %.2f bits a weight in memory, where scales are float32%s"):format(q.bits,
+      q.stored_bits and ("; %.2f in a checkpoint"):format(q.stored_bits) or "")
   end
   return table.concat(lines, "\n") .. "\n"
 end

@@ -145,25 +145,33 @@ function model:quantize(options)
   return twin, err
 end
 
---- How the linear layers are stored: { label, scheme, block, double, quantized, matrices }; label is "nf4",
---- "bfloat16", "mixed nf4 12/30" and the like.
+--- How the linear layers are stored: { label, scheme, block, double, quantized, matrices, bits, stored_bits
+--- }; label is "nf4", "bfloat16", "mixed nf4 12/30" and the like. bits: memory for each weight of the
+--- layers, where scales are float32 and double quantization keeps its own beside them; stored_bits: the same
+--- in a checkpoint (nf4-format of bitsandbytes), where all layers are alike.
 local function quantization(self, dtype)
   local quantized, first, same = 0, nil, true
+  local bytes, weights = 0, 0
   local matrices = self:_matrices()
   for _, m in ipairs(matrices) do
+    if m.name ~= "lm_head" then bytes, weights = bytes + m.bytes, weights + m.rows * m.columns end
     if m.scheme then
       quantized = quantized + 1
       first = first or m
       same = same and m.scheme == first.scheme and m.block == first.block and m.double == first.double
     end
   end
-  if not first then return { label = dtype, quantized = 0, matrices = #matrices } end
+  local bits = 8 * bytes / weights
+  if not first then return { label = dtype, quantized = 0, matrices = #matrices, bits = bits } end
   local linears = #matrices - (matrices[#matrices].scheme and 0 or 1)
   local label = same and first.scheme or "mixed"
   if quantized < linears then label = ("%s %d/%d"):format(label, quantized, linears) end
   if not same then first = {} end
+  local stored = same and quantized >= linears and 4 + (first.double
+    and 8 / first.block + 32 / (256 * first.block)
+    or 32 / first.block) or nil
   return { label = label, scheme = first.scheme, block = first.block, double = first.double,
-    quantized = quantized, matrices = #matrices }
+    quantized = quantized, matrices = #matrices, bits = bits, stored_bits = stored }
 end
 
 --- What the model is: architecture, params, bytes (resident), layers, hidden, intermediate, heads, kv_heads,

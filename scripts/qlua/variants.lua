@@ -17,14 +17,6 @@ local variants = {}
 ---@field agreement table
 ---@field accuracy { n: integer, correct: integer }
 
-local function bits_per_weight(model)
-  local bytes, weights = 0, 0
-  for _, m in ipairs(model:matrices()) do
-    if m.name ~= "lm_head" then bytes, weights = bytes + m.bytes, weights + m.rows * m.columns end
-  end
-  return 8 * bytes / weights
-end
-
 --- Measures every { label =, spec = } at the position of the answer's letter; fills in the fields above. The
 --- full model stands in the first row, against itself.
 ---@param run qlua.experiment
@@ -46,8 +38,8 @@ function variants.run(run, list)
       each = function(reference, test, p) metrics.add({ kl, agreement }, reference, test, p) end,
     }))
     local summary = metrics.summary({ kl, agreement }, run.opts.seed)
-    done[i] = { label = entry.label, spec = entry.spec, bytes = twin:info().bytes,
-      bits = bits_per_weight(twin),
+    local info = twin:info()
+    done[i] = { label = entry.label, spec = entry.spec, bytes = info.bytes, bits = info.quant.bits,
       kl = summary[1], agreement = summary[2], accuracy = evaluate.accuracy(evaluations[2]) }
   end
   return done
