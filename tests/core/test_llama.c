@@ -10,6 +10,7 @@
 #include "generate.h"
 #include "interrupt.h"
 #include "mem.h"
+#include "device_help.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,21 +19,6 @@
 #define MODELS QLUA_SOURCE_DIR "/tests/golden/models/"
 
 enum { VOCAB = 64, TOKENS = 37 };
-
-static ql_device *dev;
-
-static int setup(void **state)
-{
-    (void)state;
-    return ql_device_open("cpu", 1, &dev, NULL);
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    ql_device_release(dev);
-    return 0;
-}
 
 static bool nf4(void *ud, const char *name, int64_t n, int64_t k, ql_quant_spec *spec, ql_err *err)
 {

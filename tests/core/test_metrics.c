@@ -12,26 +12,12 @@
 #include "metrics.h"
 #include "safetensors.h"
 #include "sampler.h"
+#include "device_help.h"
 
 #include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
-
-static ql_device *dev;
-
-static int setup(void **state)
-{
-    (void)state;
-    return ql_device_open("cpu", 1, &dev, NULL);
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    ql_device_release(dev);
-    return 0;
-}
 
 static ql_tensor tensor(const float *data, int64_t rows, int64_t cols)
 {

@@ -13,6 +13,7 @@
 #include "ops.h"
 #include "quant.h"
 #include "sampler.h"
+#include "device_help.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -21,21 +22,6 @@
 
 #define GOLDEN QLUA_SOURCE_DIR "/tests/golden/"
 #define DATA QLUA_SOURCE_DIR "/../shared/data/nf4/"
-
-static ql_device *dev;
-
-static int setup(void **state)
-{
-    (void)state;
-    return ql_device_open("cpu", 1, &dev, NULL);
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    ql_device_release(dev);
-    return 0;
-}
 
 static float noise(uint64_t seed, uint64_t i)
 {

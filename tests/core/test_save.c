@@ -14,6 +14,7 @@
 #include "quant.h"
 #include "sampler.h"
 #include "save.h"
+#include "device_help.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -26,21 +27,7 @@
 
 #define MODELS QLUA_SOURCE_DIR "/tests/golden/models/"
 
-static ql_device *dev;
 static char root[64]; /* a fresh folder for each test */
-
-static int setup(void **state)
-{
-    (void)state;
-    return ql_device_open("cpu", 1, &dev, NULL);
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    ql_device_release(dev);
-    return 0;
-}
 
 static void remove_tree(const char *path)
 {
