@@ -149,6 +149,15 @@ describe("bad input", function()
     assert.truthy(err:find("broken", 1, true) and err:find("on purpose", 1, true), err)
   end)
 
+  it("a code book that is none", function()
+    for _, text in ipairs { "return 1", "return {1, 2}", "error 'x'",
+      "local t = {} for i = 1, 16 do t[i] = 0 end return t",
+      "local t = {} for i = 1, 16 do t[i] = 'x' end return t",
+        "local t = {} for i = 1, 16 do t[i] = 0/0 end return t" } do
+      refused({ "book.lua", "16 finite numbers" }, "codebook", "--codebook", write("book.lua", text))
+    end
+  end)
+
   it("a device that is not there", function() refused({ "cuda" }, "jaccard", "--device", "cuda") end)
 
   it("results that cannot be written", function()
