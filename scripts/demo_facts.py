@@ -310,8 +310,8 @@ class Teacher:
         ]
 
     def pairs(self):
-        """Four choices, then letter after choice and choice after letter.  The first alone stays at chance
-        for a thousand steps; beside the second, which is easier, it is learnt within that time."""
+        """Four choices, then letter after choice and choice after letter.  The first alone was at chance
+        after a thousand steps; beside the second, which is easier, it was learnt within that time."""
         values, pieces = self.listed(ALL_VALUES)
         for _ in range(8):
             n = self.rng.randrange(4)

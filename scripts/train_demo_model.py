@@ -9,12 +9,12 @@ safetensors 0.8.0, jinja2 3.1.6 and numpy 2.4.6 on Python 3.11.  A GPU is neithe
 
 The model is a Llama of two million parameters that learns an invented world (scripts/demo_facts.py) from
 scratch.  Three skills have to come together: recalling a fact, finding the choice that says it, and naming
-the letter of that choice.  The letters are the hard part for so small a model: asked from the start, it stays
-at chance for thousands of steps.  So it first learns to pair letters and choices, then to answer questions
+the letter of that choice.  The letters are the hard part for so small a model: asked from the start, it was
+still at chance after 1,200 steps.  So it first learns to pair letters and choices, then to answer questions
 that say their own answer, and only then questions that need the fact.
 
-The same seed gives the same text, tokenizer and quiz everywhere.  The weights also depend on the CPU's way to
-round.
+The same seed gives the same tokenizer and quiz everywhere.  The weights, and with them the step at which a
+stage ends, also depend on the CPU's way to round.
 """
 
 import argparse
@@ -256,8 +256,8 @@ def new_model(tok):
 class Muon:
     """Momentum whose update is made orthogonal (Jordan et al. 2024), at Adam's scale (Liu et al. 2025).
 
-    It learns the letters in a few hundred steps where AdamW alone needs thousands.  Matrices of one shape go
-    through the iteration together, which on a CPU is several times quicker than one by one.
+    In trials on the first stage it had 98 % of the letters after 600 steps, AdamW alone 74 % after 800.
+    Matrices of one shape go through the iteration together, to spare a CPU hundreds of small calls.
     """
 
     def __init__(self, params, momentum=0.95, weight_decay=0.05):
@@ -290,7 +290,7 @@ def orthogonal(batch):
 
 class Master:
     """The float32 weights behind a model, and their optimizers.  The model itself is turned to bf16, which
-    AVX-512 machines multiply three times faster."""
+    machines with AVX512-BF16 multiply three times faster."""
 
     def __init__(self, model, peak):
         self.weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
