@@ -272,10 +272,10 @@ describe("the prompt on a pipe", function()
 end)
 
 describe("the prompt on a terminal", function()
-  local has_script = os.execute("command -v script >/dev/null 2>&1")
+  local has_terminal = os.execute("script -qec true /dev/null </dev/null >/dev/null 2>&1")
 
   it("edits, keeps a history, and comes back after Ctrl-C", function()
-    if not has_script then return pending("no script(1) to make a terminal") end
+    if not has_terminal then return pending("no script(1), or no pseudo-terminal to be had") end
     -- \x03 typed on the terminal is the signal; \x10 (Ctrl-P) fetches the line before
     write("keys", [[
       type() { sleep 0.25; printf "$1"; }
