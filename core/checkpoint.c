@@ -4,6 +4,7 @@
 #include "json.h"
 #include "json_scan.h"
 #include "mem.h"
+#include "text.h"
 
 #include <dirent.h>
 #include <stdio.h>
@@ -210,12 +211,6 @@ static ql_status open_index(ql_checkpoint *ck, const char *index, ql_err *err)
     return status;
 }
 
-static bool has_suffix(const char *text, const char *suffix)
-{
-    size_t n = strlen(text), m = strlen(suffix);
-    return n >= m && strcmp(text + n - m, suffix) == 0;
-}
-
 /* Say what lies in a folder that has no weights qlua reads. */
 static ql_status explain_folder(const char *folder, ql_err *err)
 {
@@ -227,13 +222,13 @@ static ql_status explain_folder(const char *folder, ql_err *err)
         const char *name = item->d_name;
         if (strcmp(name, "adapter_model.safetensors") == 0)
             hint = "this is a LoRA adapter: merge it into its base model and save that";
-        else if (has_suffix(name, ".safetensors"))
+        else if (ql_text_ends_with(name, ".safetensors"))
             hint = "name the file itself, or call it model.safetensors";
-        else if (has_suffix(name, ".bin") && strncmp(name, "pytorch_model", 13) == 0)
+        else if (ql_text_ends_with(name, ".bin") && strncmp(name, "pytorch_model", 13) == 0)
             hint = "save the model again with save_pretrained(..., safe_serialization=True)";
-        else if (has_suffix(name, ".gguf"))
+        else if (ql_text_ends_with(name, ".gguf"))
             hint = "qlua reads safetensors: use the Hugging Face folder that the GGUF was made from";
-        else if (has_suffix(name, ".pth"))
+        else if (ql_text_ends_with(name, ".pth"))
             hint = "these are Meta's original files: use the Hugging Face folder of the same model";
         else
             continue;
@@ -389,7 +384,7 @@ bool ql_checkpoint_is_companion(const ql_checkpoint *ck, const char *name)
     static const char *const suffixes[] = {".absmax",           ".quant_map",       ".nested_absmax",
                                            ".nested_quant_map", STATE_SUFFIX "nf4", STATE_SUFFIX "fp4"};
     for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++)
-        if (has_suffix(name, suffixes[i]) && quantized(ck, name, strlen(name) - strlen(suffixes[i])))
+        if (ql_text_ends_with(name, suffixes[i]) && quantized(ck, name, strlen(name) - strlen(suffixes[i])))
             return true;
     return false;
 }

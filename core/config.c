@@ -18,12 +18,6 @@
 #define POSITIONS_MAX (INT64_C(1) << 30)
 #define HUGE_NUMBER 1e15
 
-#define TRY(call)                                                                                            \
-    do {                                                                                                     \
-        ql_status status_ = (call);                                                                          \
-        if (status_) return status_;                                                                         \
-    } while (0)
-
 static ql_status only(ql_json_at at, const char *key, const char *value, const char *supported, ql_err *err)
 {
     return ql_err_set(err, QL_ERR_UNSUPPORTED, "%s: %s%s \"%.60s\" is not supported, only %s", at.file,
@@ -34,7 +28,7 @@ static ql_status only(ql_json_at at, const char *key, const char *value, const c
 static ql_status read_family(ql_json_at at, ql_config *c, ql_err *err)
 {
     const char *none = NULL, *type, *name = "LlamaForCausalLM";
-    TRY(ql_json_string(at, "model_type", &none, &type, err));
+    QL_TRY(ql_json_string(at, "model_type", &none, &type, err));
     const cJSON *list = ql_json_get(at.object, "architectures"), *first = cJSON_GetArrayItem(list, 0);
     if (list && (!cJSON_IsArray(list) || (first && !cJSON_IsString(first))))
         return ql_err_set(err, QL_ERR_FORMAT, "%s: architectures is not an array of strings", at.file);
@@ -45,7 +39,7 @@ static ql_status read_family(ql_json_at at, ql_config *c, ql_err *err)
         return only(at, "architectures", first->valuestring, "\"LlamaForCausalLM\"", err);
     snprintf(c->architecture, sizeof c->architecture, "%s", name);
     const char *silu = "silu", *act;
-    TRY(ql_json_string(at, "hidden_act", &silu, &act, err));
+    QL_TRY(ql_json_string(at, "hidden_act", &silu, &act, err));
     return strcmp(act, silu) ? only(at, "hidden_act", act, "\"silu\"", err) : QL_OK;
 }
 
@@ -86,19 +80,19 @@ ql_status ql_config_check(const ql_config *c, ql_err *err)
 static ql_status read_sizes(ql_json_at at, ql_config *c, ql_err *err)
 {
     const int64_t positions = 2048;
-    TRY(ql_json_int(at, "hidden_size", 1, WIDTH_MAX, NULL, &c->hidden, err));
-    TRY(ql_json_int(at, "intermediate_size", 1, WIDTH_MAX, NULL, &c->intermediate, err));
-    TRY(ql_json_int(at, "num_hidden_layers", 1, LAYERS_MAX, NULL, &c->layers, err));
-    TRY(ql_json_int(at, "num_attention_heads", 1, HEADS_MAX, NULL, &c->heads, err));
-    TRY(ql_json_int(at, "num_key_value_heads", 1, HEADS_MAX, &c->heads, &c->kv_heads, err));
-    TRY(ql_json_int(at, "vocab_size", 1, VOCAB_MAX, NULL, &c->vocab, err));
-    TRY(ql_json_int(at, "max_position_embeddings", 1, POSITIONS_MAX, &positions, &c->max_positions, err));
+    QL_TRY(ql_json_int(at, "hidden_size", 1, WIDTH_MAX, NULL, &c->hidden, err));
+    QL_TRY(ql_json_int(at, "intermediate_size", 1, WIDTH_MAX, NULL, &c->intermediate, err));
+    QL_TRY(ql_json_int(at, "num_hidden_layers", 1, LAYERS_MAX, NULL, &c->layers, err));
+    QL_TRY(ql_json_int(at, "num_attention_heads", 1, HEADS_MAX, NULL, &c->heads, err));
+    QL_TRY(ql_json_int(at, "num_key_value_heads", 1, HEADS_MAX, &c->heads, &c->kv_heads, err));
+    QL_TRY(ql_json_int(at, "vocab_size", 1, VOCAB_MAX, NULL, &c->vocab, err));
+    QL_TRY(ql_json_int(at, "max_position_embeddings", 1, POSITIONS_MAX, &positions, &c->max_positions, err));
     if (!ql_json_get(at.object, "head_dim") && c->hidden % c->heads)
         return ql_err_set(err, QL_ERR_FORMAT,
                           "%s: hidden_size %lld is not divisible by num_attention_heads %lld", at.file,
                           (long long)c->hidden, (long long)c->heads);
     int64_t head_dim = c->hidden / c->heads;
-    TRY(ql_json_int(at, "head_dim", 1, WIDTH_MAX, &head_dim, &c->head_dim, err));
+    QL_TRY(ql_json_int(at, "head_dim", 1, WIDTH_MAX, &head_dim, &c->head_dim, err));
     ql_status status = ql_config_check(c, err);
     if (status && err) ql_err_prefix(err, "%s: ", at.file);
     return status;
@@ -108,13 +102,14 @@ static ql_status read_llama3(ql_json_at at, const cJSON *top, ql_rope_config *ro
 {
     ql_json_at outer = {top, at.file, ""};
     int64_t original = 0;
-    TRY(ql_json_number(at, "low_freq_factor", 1e-6, HUGE_NUMBER, NULL, &rope->low_freq_factor, err));
-    TRY(ql_json_number(at, "high_freq_factor", 1e-6, HUGE_NUMBER, NULL, &rope->high_freq_factor, err));
+    QL_TRY(ql_json_number(at, "low_freq_factor", 1e-6, HUGE_NUMBER, NULL, &rope->low_freq_factor, err));
+    QL_TRY(ql_json_number(at, "high_freq_factor", 1e-6, HUGE_NUMBER, NULL, &rope->high_freq_factor, err));
     /* Some configs have it beside rope_scaling instead of in it. */
     if (ql_json_get(top, "original_max_position_embeddings"))
-        TRY(ql_json_int(outer, "original_max_position_embeddings", 1, POSITIONS_MAX, NULL, &original, err));
-    TRY(ql_json_int(at, "original_max_position_embeddings", 1, POSITIONS_MAX, original ? &original : NULL,
-                    &rope->original_max_position, err));
+        QL_TRY(
+            ql_json_int(outer, "original_max_position_embeddings", 1, POSITIONS_MAX, NULL, &original, err));
+    QL_TRY(ql_json_int(at, "original_max_position_embeddings", 1, POSITIONS_MAX, original ? &original : NULL,
+                       &rope->original_max_position, err));
     if (rope->high_freq_factor <= rope->low_freq_factor)
         return ql_err_set(err, QL_ERR_FORMAT, "%s: %shigh_freq_factor %g is not above low_freq_factor %g",
                           at.file, at.prefix, rope->high_freq_factor, rope->low_freq_factor);
@@ -127,7 +122,7 @@ static ql_status read_rope(ql_json_at at, ql_rope_config *rope, ql_err *err)
     const double theta = 10000, one = 1;
     const char *none = "default", *type;
     rope->factor = 1;
-    TRY(ql_json_number(at, "rope_theta", 1e-6, HUGE_NUMBER, &theta, &rope->theta, err));
+    QL_TRY(ql_json_number(at, "rope_theta", 1e-6, HUGE_NUMBER, &theta, &rope->theta, err));
     const cJSON *node = ql_json_get(at.object, "rope_scaling");
     ql_json_at in = {node, at.file, "rope_scaling."};
     if (!node) {
@@ -138,10 +133,10 @@ static ql_status read_rope(ql_json_at at, ql_rope_config *rope, ql_err *err)
     if (!cJSON_IsObject(node))
         return ql_err_set(err, QL_ERR_FORMAT, "%s: %.*s is not an object", at.file,
                           (int)strlen(in.prefix) - 1, in.prefix);
-    TRY(ql_json_number(in, "rope_theta", 1e-6, HUGE_NUMBER, &rope->theta, &rope->theta, err));
-    TRY(ql_json_string(in, ql_json_get(node, "rope_type") ? "rope_type" : "type", &none, &type, err));
+    QL_TRY(ql_json_number(in, "rope_theta", 1e-6, HUGE_NUMBER, &rope->theta, &rope->theta, err));
+    QL_TRY(ql_json_string(in, ql_json_get(node, "rope_type") ? "rope_type" : "type", &none, &type, err));
     double partial;
-    TRY(ql_json_number(in, "partial_rotary_factor", 0, 1, &one, &partial, err));
+    QL_TRY(ql_json_number(in, "partial_rotary_factor", 0, 1, &one, &partial, err));
     if (partial != 1)
         return ql_err_set(err, QL_ERR_UNSUPPORTED, "%s: %spartial_rotary_factor %g is not supported, only 1",
                           at.file, in.prefix, partial);
@@ -150,14 +145,14 @@ static ql_status read_rope(ql_json_at at, ql_rope_config *rope, ql_err *err)
     if (!linear && strcmp(type, "llama3"))
         return only(in, "rope_type", type, "\"default\", \"linear\" and \"llama3\"", err);
     rope->type = linear ? QL_ROPE_LINEAR : QL_ROPE_LLAMA3;
-    TRY(ql_json_number(in, "factor", 1e-6, HUGE_NUMBER, NULL, &rope->factor, err));
+    QL_TRY(ql_json_number(in, "factor", 1e-6, HUGE_NUMBER, NULL, &rope->factor, err));
     return linear ? QL_OK : read_llama3(in, at.object, rope, err);
 }
 
 static ql_status read_dtype(ql_json_at at, const char *key, ql_dtype fallback, ql_dtype *dtype, ql_err *err)
 {
     const char *label = ql_dtype_label(fallback), *name;
-    TRY(ql_json_string(at, key, &label, &name, err));
+    QL_TRY(ql_json_string(at, key, &label, &name, err));
     if (ql_dtype_parse(name, dtype)) return QL_OK;
     return ql_err_set(err, QL_ERR_UNSUPPORTED, "%s: %s%s \"%.60s\" is not a dtype qlua knows", at.file,
                       at.prefix, key, name);
@@ -172,7 +167,7 @@ static ql_status read_ids(ql_json_at at, const char *key, int64_t vocab, int64_t
     int n = 0;
     if (!node) return QL_OK;
     if (!cJSON_IsArray(node)) {
-        TRY(ql_json_int(at, key, 0, vocab - 1, NULL, &id, err));
+        QL_TRY(ql_json_int(at, key, 0, vocab - 1, NULL, &id, err));
         ids[0] = id;
         *count = 1;
         return QL_OK;
@@ -225,23 +220,23 @@ static ql_status read_quant(ql_json_at top, ql_quant_config *q, ql_err *err)
     if (!node) return QL_OK;
     if (!cJSON_IsObject(node))
         return ql_err_set(err, QL_ERR_FORMAT, "%s: quantization_config is not an object", top.file);
-    TRY(ql_json_bool(at, "load_in_4bit", &no, &four, err));
-    TRY(ql_json_bool(at, "load_in_8bit", &no, &eight, err));
+    QL_TRY(ql_json_bool(at, "load_in_4bit", &no, &four, err));
+    QL_TRY(ql_json_bool(at, "load_in_8bit", &no, &eight, err));
     /* Before the method had a name, only bitsandbytes wrote this object, with both flags. */
-    TRY(ql_json_string(at, "quant_method", four || eight ? &bnb : NULL, &method, err));
+    QL_TRY(ql_json_string(at, "quant_method", four || eight ? &bnb : NULL, &method, err));
     if (strcmp(method, bnb))
         return only(at, "quant_method", method, "\"bitsandbytes\" with load_in_4bit", err);
     if (eight)
         return ql_err_set(err, QL_ERR_UNSUPPORTED, "%s: %sload_in_8bit is not supported, only load_in_4bit",
                           at.file, at.prefix);
     if (!four) return QL_OK;
-    TRY(ql_json_string(at, "bnb_4bit_quant_type", &fp4, &type, err));
+    QL_TRY(ql_json_string(at, "bnb_4bit_quant_type", &fp4, &type, err));
     if (strcmp(type, "nf4") && strcmp(type, "fp4"))
         return only(at, "bnb_4bit_quant_type", type, "\"nf4\" and \"fp4\"", err);
     snprintf(q->type, sizeof q->type, "%s", type);
-    TRY(ql_json_bool(at, "bnb_4bit_use_double_quant", &no, &q->double_quant, err));
-    TRY(read_dtype(at, "bnb_4bit_compute_dtype", QL_F32, &q->compute_dtype, err));
-    TRY(read_dtype(at, "bnb_4bit_quant_storage", QL_U8, &q->storage, err));
+    QL_TRY(ql_json_bool(at, "bnb_4bit_use_double_quant", &no, &q->double_quant, err));
+    QL_TRY(read_dtype(at, "bnb_4bit_compute_dtype", QL_F32, &q->compute_dtype, err));
+    QL_TRY(read_dtype(at, "bnb_4bit_quant_storage", QL_U8, &q->storage, err));
     q->present = true;
     return read_skip(at, q, err);
 }
@@ -251,24 +246,24 @@ static ql_status read_config(ql_json_at at, ql_config *c, ql_err *err)
     const double eps = 1e-6;
     const bool no = false;
     int64_t none = -1;
-    TRY(read_family(at, c, err));
-    TRY(read_sizes(at, c, err));
-    TRY(read_rope(at, &c->rope, err));
-    TRY(ql_json_number(at, "rms_norm_eps", 1e-30, 1, &eps, &c->rms_eps, err));
-    TRY(ql_json_bool(at, "tie_word_embeddings", &no, &c->tie_embeddings, err));
-    TRY(ql_json_bool(at, "attention_bias", &no, &c->attention_bias, err));
-    TRY(ql_json_bool(at, "mlp_bias", &no, &c->mlp_bias, err));
+    QL_TRY(read_family(at, c, err));
+    QL_TRY(read_sizes(at, c, err));
+    QL_TRY(read_rope(at, &c->rope, err));
+    QL_TRY(ql_json_number(at, "rms_norm_eps", 1e-30, 1, &eps, &c->rms_eps, err));
+    QL_TRY(ql_json_bool(at, "tie_word_embeddings", &no, &c->tie_embeddings, err));
+    QL_TRY(ql_json_bool(at, "attention_bias", &no, &c->attention_bias, err));
+    QL_TRY(ql_json_bool(at, "mlp_bias", &no, &c->mlp_bias, err));
     const char *key = ql_json_get(at.object, "dtype") ? "dtype" : "torch_dtype";
     c->has_dtype = ql_json_get(at.object, key) != NULL;
-    TRY(read_dtype(at, key, QL_F32, &c->dtype, err));
-    TRY(ql_json_int(at, "bos_token_id", 0, c->vocab - 1, &none, &c->bos, err));
-    TRY(read_ids(at, "eos_token_id", c->vocab, c->eos, &c->eos_count, err));
+    QL_TRY(read_dtype(at, key, QL_F32, &c->dtype, err));
+    QL_TRY(ql_json_int(at, "bos_token_id", 0, c->vocab - 1, &none, &c->bos, err));
+    QL_TRY(read_ids(at, "eos_token_id", c->vocab, c->eos, &c->eos_count, err));
     return read_quant(at, &c->quant, err);
 }
 
 static ql_status parse_object(const char *text, size_t size, const char *file, cJSON **root, ql_err *err)
 {
-    TRY(ql_json_parse(text, size, file, root, err));
+    QL_TRY(ql_json_parse(text, size, file, root, err));
     if (cJSON_IsObject(*root)) return QL_OK;
     cJSON_Delete(*root);
     *root = NULL;
@@ -279,7 +274,7 @@ ql_status ql_config_parse(const char *text, size_t size, const char *file, ql_co
 {
     cJSON *root;
     memset(config, 0, sizeof *config);
-    TRY(parse_object(text, size, file, &root, err));
+    QL_TRY(parse_object(text, size, file, &root, err));
     ql_status status = read_config((ql_json_at){root, file, ""}, config, err);
     cJSON_Delete(root);
     if (status) ql_config_free(config);
@@ -297,7 +292,7 @@ ql_status ql_config_generation(const char *text, size_t size, const char *file, 
                                ql_err *err)
 {
     cJSON *root;
-    TRY(parse_object(text, size, file, &root, err));
+    QL_TRY(parse_object(text, size, file, &root, err));
     ql_json_at at = {root, file, ""};
     ql_status status = read_ids(at, "eos_token_id", config->vocab, config->eos, &config->eos_count, err);
     cJSON_Delete(root);

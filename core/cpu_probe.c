@@ -1,5 +1,6 @@
 #include "cpu_probe.h"
 
+#include "clock.h"
 #include "mem.h"
 #include "pool.h"
 
@@ -8,7 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 
 enum {
     HUGE_PAGE = 2 << 20,
@@ -39,25 +39,18 @@ static void fma_piece(void *ud, int64_t piece, int worker)
     p->flops[piece] = p->qk->probe_fma(FMA_ROUNDS, &p->sinks[piece]);
 }
 
-static double seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static void measure(ql_pool *pool, probe *p, int rounds, ql_cpu_ceiling *out)
 {
     const int64_t reads = (int64_t)out->threads * READ_PIECES, fmas = (int64_t)out->threads * FMA_PIECES;
     for (int i = 0; i < rounds; i++) {
-        double t = seconds();
+        double t = ql_clock_seconds();
         ql_pool_run(pool, read_piece, p, reads);
-        double rate = (double)p->piece_bytes * (double)reads / (seconds() - t);
+        double rate = (double)p->piece_bytes * (double)reads / (ql_clock_seconds() - t);
         if (rate > out->read_bytes_per_second) out->read_bytes_per_second = rate;
 
-        t = seconds();
+        t = ql_clock_seconds();
         ql_pool_run(pool, fma_piece, p, fmas);
-        t = seconds() - t;
+        t = ql_clock_seconds() - t;
         double flops = 0;
         for (int64_t j = 0; j < fmas; j++) flops += p->flops[j];
         if (flops / t > out->flops_per_second) out->flops_per_second = flops / t;

@@ -42,6 +42,13 @@ ql_status ql_err_prefix(ql_err *err, const char *fmt, ...) QL_PRINTF(2, 3);
 /* Stable short name of a code for Lua and JSON: "ok", "argument", "not_found", "io", ... Never NULL. */
 const char *ql_err_name(ql_status code);
 
+/* Leave the function with the status of `call` unless it is QL_OK; for functions with nothing to clean up. */
+#define QL_TRY(call)                                                                                         \
+    do {                                                                                                     \
+        ql_status try_status = (call);                                                                       \
+        if (try_status != QL_OK) return try_status;                                                          \
+    } while (0)
+
 #ifdef __cplusplus
 }
 #endif

@@ -7,12 +7,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#define TRY(call)                                                                                            \
-    do {                                                                                                     \
-        ql_status try_status = (call);                                                                       \
-        if (try_status != QL_OK) return try_status;                                                          \
-    } while (0)
-
 static void work_free(struct ql_llama_work *w)
 {
     ql_tensor *all[] = {&w->x, &w->h, &w->q, &w->k, &w->v, &w->att, &w->gate, &w->up};
@@ -94,7 +88,7 @@ static ql_status check_row(const ql_llama *m, const ql_kvcache *cache, const ql_
         return ql_err_set(err, QL_ERR_ARG, "row %d names sequence %d of a cache of %d", row + 1, seq + 1,
                           cache->sequences);
     int64_t end = (int64_t)cache->length[seq] + b->lengths[row];
-    TRY(check_context(m, row, end, err));
+    QL_TRY(check_context(m, row, end, err));
     if (end > cache->capacity[seq])
         return ql_err_set(err, QL_ERR_ARG, "row %d needs %lld cache slots, its sequence has %d", row + 1,
                           (long long)end, cache->capacity[seq]);
@@ -107,7 +101,7 @@ static ql_status layout_make(const ql_llama *m, const ql_kvcache *cache, const q
     memset(out, 0, sizeof *out);
     if (b->rows < 1) return ql_err_set(err, QL_ERR_ARG, "an empty batch");
     for (int row = 0; row < b->rows; row++) {
-        TRY(check_row(m, cache, b, row, err));
+        QL_TRY(check_row(m, cache, b, row, err));
         out->tokens += b->lengths[row];
         out->outputs += b->outputs[row];
     }
@@ -151,8 +145,8 @@ static ql_status residual_matmul(const ql_tensor *in, const ql_matrix *w, ql_ten
                                  const ql_trace *trace, int64_t layer, const char *part, ql_err *err)
 {
     if (!trace) return ql_op_matmul(in, w, true, x, err);
-    TRY(ql_op_matmul(in, w, false, spare, err));
-    TRY(traced_layer(trace, err, spare, layer, part));
+    QL_TRY(ql_op_matmul(in, w, false, spare, err));
+    QL_TRY(traced_layer(trace, err, spare, layer, part));
     return ql_op_binary(QL_BIN_ADD, x, spare, x, err);
 }
 
@@ -170,31 +164,31 @@ static ql_status run_layer(ql_llama *m, int64_t i, const ql_kvcache *cache, cons
     int heads = (int)m->config.heads, kv_heads = (int)m->config.kv_heads;
     float eps = (float)m->config.rms_eps;
 
-    TRY(ql_op_rmsnorm(&w->x, &layer->input_norm, eps, &w->h, err));
-    TRY(traced_layer(trace, err, &w->h, i, "input_norm"));
-    TRY(ql_op_matmul(&w->h, &linear[QL_Q], false, &w->q, err));
-    TRY(ql_op_matmul(&w->h, &linear[QL_K], false, &w->k, err));
-    TRY(ql_op_matmul(&w->h, &linear[QL_V], false, &w->v, err));
-    TRY(ql_op_rope(&w->q, &c->pos, &m->rope.cos, &m->rope.sin, heads, err));
-    TRY(ql_op_rope(&w->k, &c->pos, &m->rope.cos, &m->rope.sin, kv_heads, err));
-    TRY(traced_layer(trace, err, &w->q, i, "q"));
-    TRY(traced_layer(trace, err, &w->k, i, "k"));
-    TRY(ql_op_kv_write(&w->k, &w->v, &c->start, &c->pos, kv, err));
-    TRY(ql_op_attention(&w->q, kv, &c->start, &c->pos, heads, &w->att, err));
-    TRY(residual_matmul(&w->att, &linear[QL_O], &w->x, &w->h, trace, i, "attn", err));
+    QL_TRY(ql_op_rmsnorm(&w->x, &layer->input_norm, eps, &w->h, err));
+    QL_TRY(traced_layer(trace, err, &w->h, i, "input_norm"));
+    QL_TRY(ql_op_matmul(&w->h, &linear[QL_Q], false, &w->q, err));
+    QL_TRY(ql_op_matmul(&w->h, &linear[QL_K], false, &w->k, err));
+    QL_TRY(ql_op_matmul(&w->h, &linear[QL_V], false, &w->v, err));
+    QL_TRY(ql_op_rope(&w->q, &c->pos, &m->rope.cos, &m->rope.sin, heads, err));
+    QL_TRY(ql_op_rope(&w->k, &c->pos, &m->rope.cos, &m->rope.sin, kv_heads, err));
+    QL_TRY(traced_layer(trace, err, &w->q, i, "q"));
+    QL_TRY(traced_layer(trace, err, &w->k, i, "k"));
+    QL_TRY(ql_op_kv_write(&w->k, &w->v, &c->start, &c->pos, kv, err));
+    QL_TRY(ql_op_attention(&w->q, kv, &c->start, &c->pos, heads, &w->att, err));
+    QL_TRY(residual_matmul(&w->att, &linear[QL_O], &w->x, &w->h, trace, i, "attn", err));
 
-    TRY(ql_op_rmsnorm(&w->x, &layer->post_norm, eps, &w->h, err));
-    TRY(traced_layer(trace, err, &w->h, i, "post_norm"));
-    TRY(ql_op_matmul(&w->h, &linear[QL_GATE], false, &w->gate, err));
-    TRY(ql_op_matmul(&w->h, &linear[QL_UP], false, &w->up, err));
-    TRY(ql_op_swiglu(&w->gate, &w->up, &w->gate, err));
-    TRY(residual_matmul(&w->gate, &linear[QL_DOWN], &w->x, &w->h, trace, i, "mlp", err));
+    QL_TRY(ql_op_rmsnorm(&w->x, &layer->post_norm, eps, &w->h, err));
+    QL_TRY(traced_layer(trace, err, &w->h, i, "post_norm"));
+    QL_TRY(ql_op_matmul(&w->h, &linear[QL_GATE], false, &w->gate, err));
+    QL_TRY(ql_op_matmul(&w->h, &linear[QL_UP], false, &w->up, err));
+    QL_TRY(ql_op_swiglu(&w->gate, &w->up, &w->gate, err));
+    QL_TRY(residual_matmul(&w->gate, &linear[QL_DOWN], &w->x, &w->h, trace, i, "mlp", err));
     return traced_layer(trace, err, &w->x, i, "out");
 }
 
 static ql_status upload_i32(ql_llama *m, const int32_t *src, int64_t n, ql_tensor *out, ql_err *err)
 {
-    TRY(ql_tensor_new_1d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_I32, n, out, err));
+    QL_TRY(ql_tensor_new_1d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_I32, n, out, err));
     return ql_tensor_upload(out, src, (size_t)n * sizeof *src, err);
 }
 
@@ -207,8 +201,8 @@ static ql_status run_head(ql_llama *m, const layout *l, int64_t first, int64_t n
     struct ql_llama_work *w = &m->work;
     float eps = (float)m->config.rms_eps;
     if (trace) {
-        TRY(ql_op_rmsnorm(&w->x, &m->weights.norm, eps, &w->h, err));
-        TRY(traced(trace, err, &w->h, "norm"));
+        QL_TRY(ql_op_rmsnorm(&w->x, &m->weights.norm, eps, &w->h, err));
+        QL_TRY(traced(trace, err, &w->h, "norm"));
     }
     if (count == 0) return QL_OK;
 
@@ -313,7 +307,7 @@ void ql_llama_reset_peak(ql_llama *m)
 ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql_kvcache *out, ql_err *err)
 {
     memset(out, 0, sizeof *out);
-    for (int i = 0; i < sequences; i++) TRY(check_context(m, i, capacity[i], err));
+    for (int i = 0; i < sequences; i++) QL_TRY(check_context(m, i, capacity[i], err));
     return ql_kvcache_new(m->device, m->arena, (int)m->config.layers, m->config.kv_heads, m->config.head_dim,
                           sequences, capacity, out, err);
 }
@@ -349,8 +343,8 @@ ql_status ql_llama_load(ql_device *dev, const char *folder, const ql_load_option
     ql_checkpoint *ck = NULL;
     ql_llama *m = NULL;
     ql_config config;
-    TRY(ql_config_load(folder, &config, err));
-    TRY(model_new(dev, &config, &m, err));
+    QL_TRY(ql_config_load(folder, &config, err));
+    QL_TRY(model_new(dev, &config, &m, err));
     ql_status status = QL_OK;
     if (options->max_context > m->config.max_positions) {
         status = ql_err_set(err, QL_ERR_ARG, "max_context %lld is above the model's %lld positions",
@@ -400,7 +394,7 @@ static ql_status model_like(ql_device *dev, const ql_config *src, ql_llama **out
 {
     ql_config config;
     *out = NULL;
-    TRY(config_copy(src, &config, err));
+    QL_TRY(config_copy(src, &config, err));
     return model_new(dev, &config, out, err);
 }
 
@@ -409,7 +403,7 @@ ql_status ql_llama_random(ql_device *dev, const ql_config *config, ql_dtype dtyp
 {
     ql_llama *m = NULL;
     *out = NULL;
-    TRY(model_like(dev, config, &m, err));
+    QL_TRY(model_like(dev, config, &m, err));
     ql_status status =
         ql_weights_random(dev, m->arena, &m->config, dtype, seed, policy, ud, &m->weights, err);
     if (status != QL_OK) {
@@ -425,7 +419,7 @@ ql_status ql_llama_quantize(const ql_llama *full, ql_quant_policy policy, void *
 {
     ql_llama *m = NULL;
     *out = NULL;
-    TRY(model_like(full->device, &full->config, &m, err));
+    QL_TRY(model_like(full->device, &full->config, &m, err));
     m->max_context = full->max_context;
     ql_status status = QL_OK;
     if (full->folder && !(m->folder = ql_strdup(full->folder)))
@@ -462,7 +456,7 @@ ql_status ql_llama_save(const ql_llama *m, const char *folder, const ql_save_opt
     }
     ql_save_options filled = *options;
     if (!filled.source) filled.source = m->folder;
-    TRY(ql_weights_entries(&m->weights, &m->config, &entries, &count, err));
+    QL_TRY(ql_weights_entries(&m->weights, &m->config, &entries, &count, err));
     ql_status status = ql_save_model(folder, entries, count, &filled, err);
     ql_free(entries);
     return status;

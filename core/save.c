@@ -6,6 +6,7 @@
 #include "ops.h"
 #include "quant_state.h"
 #include "safetensors.h"
+#include "text.h"
 
 #include <cjson/cJSON.h>
 #include <dirent.h>
@@ -47,12 +48,6 @@ typedef struct {
     ql_file_writer copies[COPIED];
 } job;
 
-static bool has_suffix(const char *s, const char *suffix)
-{
-    size_t n = strlen(s), m = strlen(suffix);
-    return n >= m && strcmp(s + n - m, suffix) == 0;
-}
-
 static ql_status no_memory(ql_err *err)
 {
     return ql_err_set(err, QL_ERR_MEMORY, "out of memory for saving a model");
@@ -64,7 +59,7 @@ static ql_status no_memory(ql_err *err)
 static ql_status check_quantized(const ql_save_entry *e, ql_err *err)
 {
     const ql_quant *q = e->matrix->quant;
-    if (!has_suffix(e->name, ".weight"))
+    if (!ql_text_ends_with(e->name, ".weight"))
         return ql_err_set(err, QL_ERR_ARG, "'%s' is in 4 bits but its name does not end in .weight", e->name);
     if (strcmp(q->scheme, "nf4") == 0 || strcmp(q->scheme, "fp4") == 0) return QL_OK;
     ql_err_set(err, QL_ERR_UNSUPPORTED, "'%s' is quantized with a free code book, which cannot be saved",
@@ -96,7 +91,7 @@ static ql_status check_entries(const ql_save_entry *entries, size_t count, ql_er
 static bool is_model_file(const char *name)
 {
     return strcmp(name, "config.json") == 0 || strcmp(name, INDEX_NAME) == 0 ||
-           (has_suffix(name, ".safetensors") && strncmp(name, "model", 5) == 0);
+           (ql_text_ends_with(name, ".safetensors") && strncmp(name, "model", 5) == 0);
 }
 
 /* mkdir -p, and whether the last part is new. */
@@ -455,7 +450,7 @@ static ql_status quant_config(const job *j, ql_quant_config *c, ql_err *err)
         bool head = strcmp(e->name, "lm_head.weight") == 0;
         const ql_quant *q = e->matrix->quant;
         if (!q) {
-            if (!head && !has_suffix(e->name, "embed_tokens.weight")) kept_linear = true;
+            if (!head && !ql_text_ends_with(e->name, "embed_tokens.weight")) kept_linear = true;
             continue;
         }
         if (head) head_is_4bit = true;
@@ -474,7 +469,7 @@ static ql_status quant_config(const job *j, ql_quant_config *c, ql_err *err)
     for (size_t i = 0; i < j->count; i++) {
         const ql_save_entry *e = &j->entries[i];
         if (!e->matrix || e->matrix->quant || strcmp(e->name, "lm_head.weight") == 0) continue;
-        size_t n = strlen(e->name) - (has_suffix(e->name, ".weight") ? strlen(".weight") : 0);
+        size_t n = strlen(e->name) - (ql_text_ends_with(e->name, ".weight") ? strlen(".weight") : 0);
         if (!(c->skip[c->skip_count++] = ql_strndup(e->name, n))) return no_memory(err);
     }
     return QL_OK;

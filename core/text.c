@@ -76,3 +76,9 @@ void ql_text_free(ql_text *text)
     ql_free(text->data);
     *text = (ql_text){0};
 }
+
+bool ql_text_ends_with(const char *string, const char *suffix)
+{
+    size_t n = strlen(string), m = strlen(suffix);
+    return n >= m && strcmp(string + n - m, suffix) == 0;
+}

@@ -24,4 +24,7 @@ void ql_text_printf(ql_text *text, const char *fmt, ...) QL_PRINTF(2, 3); /* at 
 void ql_text_json(ql_text *text, const char *data, size_t size);
 void ql_text_free(ql_text *text);
 
+/* Whether the string ends with `suffix`. */
+bool ql_text_ends_with(const char *string, const char *suffix);
+
 #endif

@@ -3,15 +3,10 @@
 #include "interrupt.h"
 #include "mem.h"
 #include "ops.h"
+#include "text.h"
 
 #include <stdio.h>
 #include <string.h>
-
-#define TRY(call)                                                                                            \
-    do {                                                                                                     \
-        ql_status try_status = (call);                                                                       \
-        if (try_status != QL_OK) return try_status;                                                          \
-    } while (0)
 
 /* Bytes that pass through the host at a time while a tensor is read. */
 #define STAGE_BYTES ((size_t)8 << 20)
@@ -60,10 +55,10 @@ static ql_status stream_in(loader *l, const ql_st_tensor *src, ql_tensor *dst, q
     size_t total = ql_tensor_bytes(dst);
     const ql_backend *be = l->dev->backend;
     for (size_t at = 0; at < total; at += STAGE_BYTES) {
-        TRY(poll(err));
+        QL_TRY(poll(err));
         size_t n = total - at < STAGE_BYTES ? total - at : STAGE_BYTES;
-        TRY(ql_checkpoint_read(l->ck, src, at, n, l->stage, err));
-        TRY(be->upload(l->dev->ctx, (char *)dst->data + at, l->stage, n, err));
+        QL_TRY(ql_checkpoint_read(l->ck, src, at, n, l->stage, err));
+        QL_TRY(be->upload(l->dev->ctx, (char *)dst->data + at, l->stage, n, err));
     }
     return QL_OK;
 }
@@ -73,7 +68,7 @@ static ql_status load_tensor(loader *l, const char *name, int ndim, const int64_
                              ql_tensor *out, ql_dtype *stored, ql_err *err)
 {
     const ql_st_tensor *src;
-    TRY(ql_checkpoint_need(l->ck, name, &src, err));
+    QL_TRY(ql_checkpoint_need(l->ck, name, &src, err));
     bool fits = src->ndim == ndim;
     for (int i = 0; fits && i < ndim; i++) fits = src->shape[i] == shape[i];
     if (!fits) {
@@ -92,7 +87,7 @@ static ql_status load_tensor(loader *l, const char *name, int ndim, const int64_
     if (stored) *stored = src->dtype;
     if (dtype == QL_DTYPE_COUNT) dtype = src->dtype;
     ql_tensor raw = {0};
-    TRY(ql_tensor_new(l->dev, l->arena, QL_MEM_WEIGHTS, src->dtype, ndim, shape, &raw, err));
+    QL_TRY(ql_tensor_new(l->dev, l->arena, QL_MEM_WEIGHTS, src->dtype, ndim, shape, &raw, err));
     ql_status status = stream_in(l, src, &raw, err);
     if (status == QL_OK && dtype != src->dtype) {
         ql_tensor converted = {0};
@@ -117,9 +112,9 @@ static ql_status load_vector(loader *l, const char *name, int64_t n, ql_tensor *
 
 static ql_status load_matrix(loader *l, const char *name, int64_t n, int64_t k, ql_matrix *out, ql_err *err)
 {
-    TRY(poll(err));
+    QL_TRY(poll(err));
     if (ql_checkpoint_is_quantized(l->ck, name)) {
-        TRY(ql_quant_load(l->ck, name, l->dev, l->arena, out, err));
+        QL_TRY(ql_quant_load(l->ck, name, l->dev, l->arena, out, err));
         if (out->n == n && out->k == k) return QL_OK;
         ql_err_set(err, QL_ERR_FORMAT, "%s: tensor '%s' is [%lld, %lld], config.json calls for [%lld, %lld]",
                    ql_checkpoint_path(l->ck), name, (long long)out->n, (long long)out->k, (long long)n,
@@ -130,7 +125,7 @@ static ql_status load_matrix(loader *l, const char *name, int64_t n, int64_t k, 
     const int64_t shape[] = {n, k};
     out->n = n;
     out->k = k;
-    TRY(load_tensor(l, name, 2, shape, l->dtype, &out->data, NULL, err));
+    QL_TRY(load_tensor(l, name, 2, shape, l->dtype, &out->data, NULL, err));
     out->dtype = out->data.dtype;
     return QL_OK;
 }
@@ -140,25 +135,19 @@ static ql_status load_layer(loader *l, const ql_config *c, int64_t i, ql_weights
     char module[64], name[96];
     ql_layer *layer = &w->layer[i];
     snprintf(name, sizeof name, "model.layers.%lld.input_layernorm.weight", (long long)i);
-    TRY(load_vector(l, name, c->hidden, &layer->input_norm, &w->norm_dtype, err));
+    QL_TRY(load_vector(l, name, c->hidden, &layer->input_norm, &w->norm_dtype, err));
     snprintf(name, sizeof name, "model.layers.%lld.post_attention_layernorm.weight", (long long)i);
-    TRY(load_vector(l, name, c->hidden, &layer->post_norm, &w->norm_dtype, err));
+    QL_TRY(load_vector(l, name, c->hidden, &layer->post_norm, &w->norm_dtype, err));
     for (int kind = 0; kind < QL_LINEARS; kind++) {
         int64_t n, k;
         ql_linear_shape(c, kind, &n, &k);
         snprintf(name, sizeof name, "%s.weight", ql_linear_name(i, kind, module));
-        TRY(load_matrix(l, name, n, k, &layer->linear[kind], err));
+        QL_TRY(load_matrix(l, name, n, k, &layer->linear[kind], err));
         if (!has_bias(c, kind)) continue;
         snprintf(name, sizeof name, "%s.bias", module);
-        TRY(load_vector(l, name, n, &layer->linear[kind].bias, &w->bias_dtype, err));
+        QL_TRY(load_vector(l, name, n, &layer->linear[kind].bias, &w->bias_dtype, err));
     }
     return QL_OK;
-}
-
-static bool ends_with(const char *s, const char *tail)
-{
-    size_t n = strlen(s), m = strlen(tail);
-    return n >= m && strcmp(s + n - m, tail) == 0;
 }
 
 /* Is `name` a tensor that the model of `config` reads? */
@@ -166,7 +155,7 @@ static bool expected(const ql_config *c, const ql_checkpoint *ck, const char *na
 {
     if (ql_checkpoint_is_companion(ck, name)) return true;
     /* Buffers that old exporters saved beside the parameters, and a head that tying makes superfluous. */
-    if (ends_with(name, ".rotary_emb.inv_freq") || strcmp(name, "lm_head.weight") == 0) return true;
+    if (ql_text_ends_with(name, ".rotary_emb.inv_freq") || strcmp(name, "lm_head.weight") == 0) return true;
     if (strcmp(name, "model.embed_tokens.weight") == 0 || strcmp(name, "model.norm.weight") == 0) return true;
     long long layer;
     char prefix[64];
@@ -205,14 +194,14 @@ static ql_status load_all(loader *l, const ql_config *c, ql_weights *w, ql_err *
     if (ql_checkpoint_is_quantized(l->ck, "model.embed_tokens.weight"))
         return ql_err_set(err, QL_ERR_UNSUPPORTED, "%s: the embedding is stored in 4 bits",
                           ql_checkpoint_path(l->ck));
-    TRY(load_tensor(l, "model.embed_tokens.weight", 2, shape, l->dtype, &w->embed.data, NULL, err));
+    QL_TRY(load_tensor(l, "model.embed_tokens.weight", 2, shape, l->dtype, &w->embed.data, NULL, err));
     w->dtype = w->embed.dtype = w->embed.data.dtype;
-    TRY(load_vector(l, "model.norm.weight", c->hidden, &w->norm, &w->norm_dtype, err));
+    QL_TRY(load_vector(l, "model.norm.weight", c->hidden, &w->norm, &w->norm_dtype, err));
     if (c->tie_embeddings)
         w->lm_head = ql_matrix_ref(&w->embed);
     else
-        TRY(load_matrix(l, "lm_head.weight", c->vocab, c->hidden, &w->lm_head, err));
-    for (int64_t i = 0; i < c->layers; i++) TRY(load_layer(l, c, i, w, err));
+        QL_TRY(load_matrix(l, "lm_head.weight", c->vocab, c->hidden, &w->lm_head, err));
+    for (int64_t i = 0; i < c->layers; i++) QL_TRY(load_layer(l, c, i, w, err));
     return QL_OK;
 }
 
@@ -229,7 +218,7 @@ static ql_status weights_new(int64_t layers, ql_weights *out, ql_err *err)
 ql_status ql_weights_load(ql_device *dev, ql_arena *arena, const ql_checkpoint *ck, const ql_config *config,
                           ql_dtype dtype, ql_weights *out, ql_err *err)
 {
-    TRY(weights_new(config->layers, out, err));
+    QL_TRY(weights_new(config->layers, out, err));
     loader l = {dev, arena, ck, dtype, ql_malloc(STAGE_BYTES)};
     ql_status status =
         l.stage ? check_extra(ck, config, err) : ql_err_set(err, QL_ERR_MEMORY, "out of memory");
@@ -293,7 +282,7 @@ static ql_status random_dense(ql_device *dev, ql_arena *arena, int64_t n, int64_
 static ql_status apply_policy(const ql_matrix *dense, const char *name, ql_arena *arena,
                               ql_quant_policy policy, void *ud, ql_matrix *out, ql_err *err)
 {
-    TRY(poll(err));
+    QL_TRY(poll(err));
     ql_quant_spec spec;
     ql_err asked = {.code = QL_OK};
     bool wanted = policy && policy(ud, name, dense->n, dense->k, &spec, &asked);
@@ -330,7 +319,7 @@ static ql_status random_linear(ql_device *dev, ql_arena *arena, int64_t n, int64
                                ql_matrix *out, ql_err *err)
 {
     ql_matrix dense;
-    TRY(random_dense(dev, arena, n, k, dtype, state, &dense, err));
+    QL_TRY(random_dense(dev, arena, n, k, dtype, state, &dense, err));
     ql_status status = apply_policy(&dense, name, arena, policy, ud, out, err);
     ql_matrix_free(&dense);
     return status;
@@ -339,7 +328,7 @@ static ql_status random_linear(ql_device *dev, ql_arena *arena, int64_t n, int64
 ql_status ql_weights_random(ql_device *dev, ql_arena *arena, const ql_config *c, ql_dtype dtype,
                             uint64_t seed, ql_quant_policy policy, void *ud, ql_weights *out, ql_err *err)
 {
-    TRY(weights_new(c->layers, out, err));
+    QL_TRY(weights_new(c->layers, out, err));
     out->dtype = out->norm_dtype = out->bias_dtype = dtype;
     uint64_t state = seed;
     ql_status status = random_dense(dev, arena, c->vocab, c->hidden, dtype, &state, &out->embed, err);
@@ -373,7 +362,7 @@ ql_status ql_weights_random(ql_device *dev, ql_arena *arena, const ql_config *c,
 ql_status ql_weights_quantize(const ql_weights *full, ql_arena *arena, ql_quant_policy policy, void *ud,
                               ql_weights *out, ql_err *err)
 {
-    TRY(weights_new(full->layers, out, err));
+    QL_TRY(weights_new(full->layers, out, err));
     out->dtype = full->dtype;
     out->norm_dtype = full->norm_dtype;
     out->bias_dtype = full->bias_dtype;

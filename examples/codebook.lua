@@ -30,12 +30,13 @@ local function own_codebook()
   local chunk, why = loadfile(opts.codebook, "t")
   if not chunk then run:must(nil, why) end
   local ok, numbers = pcall(chunk)
-  local largest, count = 0, ok and type(numbers) == "table" and #numbers or 0
-  for _, x in ipairs(count == 16 and numbers or {}) do
-    if math.type(x) and math.abs(x) < math.huge then largest, count = math.max(largest, math.abs(x)),
-      count + 1 end
+  local good, largest = ok and type(numbers) == "table" and #numbers == 16, 0
+  for i = 1, good and 16 or 0 do
+    local x = numbers[i]
+    good = good and math.type(x) and math.abs(x) < math.huge
+    largest = good and math.max(largest, math.abs(x)) or largest
   end
-  if count ~= 32 or largest == 0 then
+  if not good or largest == 0 then
     run:must(nil, opts.codebook .. ": does not return 16 finite numbers, not all of them zero")
   end
   return numbers, opts.codebook
