@@ -32,7 +32,8 @@ static int device_open(lua_State *L)
     lua_Integer threads = qlua_option_integer(L, 2, "threads", 0, 0, 4096);
     device_box *box = qlua_box_push(L, QLUA_DEVICE, sizeof *box);
     ql_err err;
-    if (ql_device_open(name, (int)threads, &box->dev, &err) == QL_OK) return 1;
+    if (ql_device_open(name, &(ql_device_options){.threads = (int)threads}, &box->dev, &err) == QL_OK)
+        return 1;
     return qlua_push_err(L, &err);
 }
 
@@ -49,7 +50,8 @@ ql_device *qlua_device_host(lua_State *L)
     }
     device_box *box = qlua_box_push(L, QLUA_DEVICE, sizeof *box);
     ql_err err;
-    if (ql_device_open("cpu", 1, &box->dev, &err) != QL_OK) luaL_error(L, "%s", err.message);
+    if (ql_device_open("cpu", &(ql_device_options){.threads = 1}, &box->dev, &err) != QL_OK)
+        luaL_error(L, "%s", err.message);
     lua_rawsetp(L, LUA_REGISTRYINDEX, &host_key);
     return box->dev;
 }

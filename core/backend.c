@@ -43,19 +43,21 @@ static ql_status parse(const char *name, const ql_backend **backend, int *index,
     return QL_OK;
 }
 
-ql_status ql_device_open(const char *name, int threads, ql_device **out, ql_err *err)
+ql_status ql_device_open(const char *name, const ql_device_options *options, ql_device **out, ql_err *err)
 {
+    static const ql_device_options plain;
     *out = NULL;
     const ql_backend *backend;
     int index;
     ql_status status = parse(name, &backend, &index, err);
     if (status != QL_OK) return status;
-    if (index >= backend->count())
-        return ql_err_set(err, QL_ERR_DEVICE, "device '%s': there are %d %s devices", name, backend->count(),
+    int count = backend->count(err);
+    if (index >= count)
+        return ql_err_set(err, QL_ERR_DEVICE, "device '%s': there are %d %s devices", name, count,
                           backend->name);
     ql_device *dev = ql_calloc(1, sizeof *dev);
     if (!dev) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
-    status = backend->open(index, threads, &dev->ctx, err);
+    status = backend->open(index, options ? options : &plain, &dev->ctx, err);
     if (status != QL_OK) {
         ql_free(dev);
         return status;

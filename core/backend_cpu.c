@@ -89,8 +89,9 @@ static ql_status need_scratch(cpu_context *c, size_t bytes, ql_err *err)
 
 /* ---- opening ---- */
 
-static int cpu_count(void)
+static int cpu_count(ql_err *err)
 {
+    (void)err;
     return 1;
 }
 
@@ -103,14 +104,14 @@ static void cpu_close(void *ctx)
     ql_free(c);
 }
 
-static ql_status cpu_open(int index, int threads, void **out, ql_err *err)
+static ql_status cpu_open(int index, const ql_device_options *options, void **out, ql_err *err)
 {
     (void)index;
     *out = NULL;
     cpu_context *c = ql_calloc(1, sizeof *c);
     if (!c) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
     ql_status status = ql_cpu_select(&c->qk, err);
-    if (status == QL_OK) status = ql_pool_decide_threads(threads, &c->threads, err);
+    if (status == QL_OK) status = ql_pool_decide_threads(options->threads, &c->threads, err);
     if (status == QL_OK) status = ql_pool_new(c->threads, &c->pool, err);
     if (status != QL_OK) {
         cpu_close(c);
@@ -124,7 +125,7 @@ static ql_status cpu_info(void *ctx, ql_device_info *out, ql_err *err)
 {
     (void)err;
     const cpu_context *c = ctx;
-    *out = (ql_device_info){.threads = c->threads};
+    *out = (ql_device_info){.threads = c->threads, .energy_joules = -1, .numerics = QL_NUMERICS_INVARIANT};
     ql_process_cpu_name(out->name, sizeof out->name);
     snprintf(out->isa, sizeof out->isa, "%s", c->qk->isa);
     out->memory_total = ql_process_memory_total();
@@ -609,6 +610,8 @@ static ql_status cpu_dequantize4(void *ctx, const ql_matrix *w, ql_tensor *dst, 
 const ql_backend ql_backend_cpu = {
     .name = "cpu",
     .abi = QL_BACKEND_ABI,
+    .kv_dtype = QL_F32,
+    .pass_tokens = 512,
     .count = cpu_count,
     .open = cpu_open,
     .close = cpu_close,

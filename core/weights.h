@@ -8,16 +8,9 @@
 
 #include "checkpoint.h"
 #include "config.h"
-#include "matrix.h"
+#include "layer.h"
 #include "quant.h"
 #include "save.h"
-
-typedef enum { QL_Q, QL_K, QL_V, QL_O, QL_GATE, QL_UP, QL_DOWN, QL_LINEARS } ql_linear;
-
-typedef struct {
-    ql_tensor input_norm, post_norm; /* F32 [hidden] */
-    ql_matrix linear[QL_LINEARS];
-} ql_layer;
 
 typedef struct {
     int64_t layers;

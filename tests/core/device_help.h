@@ -9,7 +9,7 @@ static ql_device *dev;
 static int setup(void **state)
 {
     (void)state;
-    return ql_device_open("cpu", 1, &dev, NULL);
+    return ql_device_open("cpu", &(ql_device_options){.threads = 1}, &dev, NULL);
 }
 
 static int teardown(void **state)

@@ -140,22 +140,23 @@ static void test_open(void **state)
     (void)state;
     ql_device *dev;
     ql_device_info info;
-    OK(ql_device_open("cpu", 1, &dev, &error));
+    OK(ql_device_open("cpu", &(ql_device_options){.threads = 1}, &dev, &error));
     OK(dev->backend->info(dev->ctx, &info, &error));
     assert_int_equal(info.threads, 1);
     assert_true(info.name[0] && info.memory_total >= info.memory_free && info.memory_free > 0);
     assert_string_equal(info.isa, qk_cpu_select(NULL, NULL)->isa);
     ql_device_release(dev);
 
-    assert_int_equal(ql_device_open("cpu", 100000, &dev, &error), QL_ERR_ARG);
+    assert_int_equal(ql_device_open("cpu", &(ql_device_options){.threads = 100000}, &dev, &error),
+                     QL_ERR_ARG);
     assert_null(dev);
     setenv("QLUA_CPU", "scalar", 1);
-    OK(ql_device_open("cpu", 1, &dev, &error));
+    OK(ql_device_open("cpu", &(ql_device_options){.threads = 1}, &dev, &error));
     OK(dev->backend->info(dev->ctx, &info, &error));
     assert_string_equal(info.isa, "scalar");
     ql_device_release(dev);
     setenv("QLUA_CPU", "sse9", 1);
-    assert_int_equal(ql_device_open("cpu", 1, &dev, &error), QL_ERR_ARG);
+    assert_int_equal(ql_device_open("cpu", &(ql_device_options){.threads = 1}, &dev, &error), QL_ERR_ARG);
     assert_non_null(strstr(error.message, "sse9"));
     unsetenv("QLUA_CPU");
 }
@@ -165,7 +166,7 @@ static void test_memory(void **state)
     (void)state;
     ql_device *dev;
     ql_tensor t;
-    OK(ql_device_open("cpu", 1, &dev, &error));
+    OK(ql_device_open("cpu", &(ql_device_options){.threads = 1}, &dev, &error));
     assert_int_equal(ql_tensor_new_1d(dev, NULL, QL_MEM_WEIGHTS, QL_F32, (int64_t)1 << 50, &t, &error),
                      QL_ERR_MEMORY);
     assert_non_null(strstr(error.message, "available"));
@@ -188,7 +189,7 @@ static void test_failed_allocations(void **state)
         ql_tensor x = {0}, y = {0};
         ql_matrix w = {.n = 40, .k = 33, .dtype = QL_F32};
         ql_mem_fail_after(n, false);
-        ql_status status = ql_device_open("cpu", 0, &dev, &error);
+        ql_status status = ql_device_open("cpu", &(ql_device_options){.threads = 0}, &dev, &error);
         if (status == QL_OK)
             status = ql_tensor_new_2d(dev, NULL, QL_MEM_WEIGHTS, QL_F32, 40, 33, &w.data, &error);
         if (status == QL_OK)
@@ -348,7 +349,7 @@ static void test_same_bits_for_any_threads_and_instruction_set(void **state)
         for (int threads = 1; threads <= most && threads <= 4; threads++) {
             ql_device *dev;
             setenv("QLUA_CPU", qk_cpu_name(i), 1);
-            OK(ql_device_open("cpu", threads, &dev, &error));
+            OK(ql_device_open("cpu", &(ql_device_options){.threads = threads}, &dev, &error));
             size_t used = compute_everything(dev, bytes ? got : expect, ROOM);
             if (bytes) assert_int_equal(used, bytes);
             if (bytes) assert_memory_equal(got, expect, bytes);
@@ -365,7 +366,7 @@ static void test_indices_are_checked(void **state)
 {
     (void)state;
     ql_device *dev;
-    OK(ql_device_open("cpu", 1, &dev, &error));
+    OK(ql_device_open("cpu", &(ql_device_options){.threads = 1}, &dev, &error));
     ql_matrix table = make_matrix(dev, 10, 8, QL_F32, 0);
     ql_tensor x = new_random(dev, 2, 8), y = new_random(dev, 2, 8), one = new_random(dev, 2, 0);
     ql_tensor c = new_random(dev, 3, 4), cache = {0};
@@ -396,7 +397,7 @@ static void test_tensors_are_checked(void **state)
 {
     (void)state;
     ql_device *dev;
-    OK(ql_device_open("cpu", 1, &dev, &error));
+    OK(ql_device_open("cpu", &(ql_device_options){.threads = 1}, &dev, &error));
     ql_tensor none = {.dtype = QL_F32, .ndim = 2, .shape = {2, 32}}, x = new_random(dev, 2, 32),
               y = new_random(dev, 2, 8), same = new_random(dev, 2, 32);
     assert_int_equal(ql_op_binary_scalar(QL_BIN_ADD, &none, 1, false, &same, &error), QL_ERR_ARG);
@@ -421,7 +422,7 @@ static void test_nothing_to_do(void **state)
 {
     (void)state;
     ql_device *dev;
-    OK(ql_device_open("cpu", 0, &dev, &error));
+    OK(ql_device_open("cpu", &(ql_device_options){.threads = 0}, &dev, &error));
     ql_matrix w = make_matrix(dev, 10, 8, QL_BF16, 0);
     ql_tensor x = new_tensor(dev, QL_F32, 0, 8, NULL), y = new_tensor(dev, QL_F32, 0, 10, NULL);
     x.ndim = y.ndim = 2;
