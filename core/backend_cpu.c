@@ -28,7 +28,10 @@ typedef struct {
     int threads;
     char *scratch; /* [threads][scratch_bytes], 64-byte aligned */
     size_t scratch_bytes;
+    unsigned ran; /* bits 1 << RAN_x, or 1 << a qk_format for its products, since cpu_kernels was asked */
 } cpu_context;
+
+enum { RAN_ATTENTION = QK_4BIT + 1, RAN_COUNT };
 
 static const qk_format formats[] = {[QL_F32] = QK_F32, [QL_F16] = QK_F16, [QL_BF16] = QK_BF16};
 
@@ -131,6 +134,33 @@ static ql_status cpu_info(void *ctx, ql_device_info *out, ql_err *err)
     out->memory_total = ql_process_memory_total();
     out->memory_free = ql_process_memory_available();
     return QL_OK;
+}
+
+static ql_status cpu_ceiling(void *ctx, size_t bytes, ql_ceiling *out, ql_err *err)
+{
+    const cpu_context *c = ctx;
+    ql_cpu_ceiling found;
+    QL_TRY(ql_cpu_probe(c->threads, bytes ? bytes : (size_t)256 << 20, 3, &found, err));
+    *out = (ql_ceiling){.read_bytes_per_second = found.read_bytes_per_second,
+                        .flops_per_second = found.flops_per_second};
+    return QL_OK;
+}
+
+static void cpu_kernels(void *ctx, char *out, size_t size)
+{
+    static const char *const names[RAN_COUNT] = {[QK_F32] = "matmul_f32",
+                                                 [QK_F16] = "matmul_f16",
+                                                 [QK_BF16] = "matmul_bf16",
+                                                 [QK_4BIT] = "matmul_4bit",
+                                                 [RAN_ATTENTION] = "attention"};
+    cpu_context *c = ctx;
+    size_t used = 0;
+    if (size) out[0] = '\0';
+    for (int i = 0; i < RAN_COUNT; i++) {
+        if (!(c->ran & 1u << i) || used >= size) continue;
+        used += (size_t)snprintf(out + used, size - used, "%s%s_%s", used ? ", " : "", names[i], c->qk->isa);
+    }
+    c->ran = 0;
 }
 
 /* ---- work on threads ---- */
@@ -283,6 +313,7 @@ static ql_status cpu_matmul(void *ctx, const ql_tensor *x, const ql_matrix *w, b
                      add,   y->data};
     ql_status status = need_scratch(c, c->qk->matmul_scratch(&a.w, a.m), err);
     if (status != QL_OK) return status;
+    c->ran |= 1u << a.w.format;
     bool wide = w->n >= (int64_t)c->qk->matmul_rows_multiple * c->threads * 4;
     for_range(c, w->n, wide ? c->qk->matmul_rows_multiple : 16, (double)w->k * (double)a.m, matmul_range, &a);
     return QL_OK;
@@ -371,6 +402,7 @@ static ql_status cpu_attention(void *ctx, const ql_tensor *q, ql_kv_view cache, 
                             (long long)cache.k->shape[2], QK_MAX_HEAD_DIM);
     if (status == QL_OK) status = need_scratch(c, QK_ATTENTION_SCRATCH, err);
     if (status != QL_OK || args.tokens == 0) return status;
+    c->ran |= 1u << RAN_ATTENTION;
     double work = 0;
     for (int64_t t = 0; t < args.tokens; t++) work += 2.0 * (double)q->shape[1] * (args.a.pos[t] + 1);
     while (args.step > 1 && (args.tokens + args.step - 1) / args.step * args.a.kv_heads < c->threads * PIECES)
@@ -616,6 +648,8 @@ const ql_backend ql_backend_cpu = {
     .open = cpu_open,
     .close = cpu_close,
     .info = cpu_info,
+    .ceiling = cpu_ceiling,
+    .kernels = cpu_kernels,
     .alloc = cpu_alloc,
     .free = cpu_free,
     .upload = cpu_copy,
