@@ -286,7 +286,7 @@ static int model_info(lua_State *L)
     lua_setfield(L, -2, "device");
     lua_pushstring(L, ql_dtype_label(m->weights.dtype));
     lua_setfield(L, -2, "dtype");
-    lua_pushliteral(L, "float32");
+    lua_pushstring(L, ql_dtype_label(ql_llama_kv_dtype(m)));
     lua_setfield(L, -2, "kv_dtype");
     if (m->folder) {
         lua_pushstring(L, m->folder);
@@ -340,18 +340,21 @@ static int model_reset_peak(lua_State *L)
     return 0;
 }
 
-/* model:_work_bytes(tokens, longest, outputs): activations of a forward pass (ql_llama_work_bytes), and a KV
- * slot, in bytes */
-static int model_work_bytes(lua_State *L)
+/* model:_expect(tokens, longest, outputs): activations of a forward pass and a KV slot, in bytes
+ * (ql_llama_expect) */
+static int model_expect(lua_State *L)
 {
     const ql_llama *m = qlua_model_check(L, 1);
-    const ql_config *c = &m->config;
     lua_Integer tokens = luaL_checkinteger(L, 2), longest = luaL_checkinteger(L, 3),
                 outputs = luaL_checkinteger(L, 4);
     for (int i = 2; i <= 4; i++)
         luaL_argcheck(L, lua_tointeger(L, i) >= 0 && lua_tointeger(L, i) <= INT32_MAX, i, "out of range");
-    lua_pushinteger(L, (lua_Integer)ql_llama_work_bytes(c, tokens, longest, outputs));
-    lua_pushinteger(L, 2 * c->layers * c->kv_heads * c->head_dim * (lua_Integer)sizeof(float));
+    ql_llama_size size;
+    ql_err err;
+    if (ql_llama_expect(m, tokens, longest, outputs, &size, &err) != QL_OK)
+        return luaL_error(L, "%s", err.message);
+    lua_pushinteger(L, (lua_Integer)size.activations);
+    lua_pushinteger(L, (lua_Integer)size.slot);
     return 2;
 }
 
@@ -403,7 +406,7 @@ void qlua_model_open(lua_State *L)
                                        {"_generate", qlua_model_generate},
                                        {"_quantize", model_quantize},
                                        {"_matrices", model_matrices},
-                                       {"_work_bytes", model_work_bytes},
+                                       {"_expect", model_expect},
                                        {NULL, NULL}};
     static const luaL_Reg meta[] = {{"__tostring", model_tostring}, {NULL, NULL}};
     qlua_box_type(L, QLUA_MODEL, methods, meta, model_close);

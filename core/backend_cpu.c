@@ -345,13 +345,20 @@ static ql_status cpu_rope(void *ctx, ql_tensor *x, const ql_tensor *pos, const q
     return QL_OK;
 }
 
+static ql_status check_cache(ql_kv_view cache, ql_err *err)
+{
+    if (cache.k->dtype == QL_F32) return QL_OK;
+    return ql_err_set(err, QL_ERR_UNSUPPORTED, "the cpu backend keeps keys and values in float32, not %s",
+                      ql_dtype_label(cache.k->dtype));
+}
+
 static ql_status cpu_kv_write(void *ctx, const ql_tensor *k, const ql_tensor *v, const ql_tensor *start,
                               const ql_tensor *pos, ql_kv_view cache, ql_err *err)
 {
     (void)ctx;
     const int64_t heads = cache.k->shape[0], slots = cache.k->shape[1], d = cache.k->shape[2];
-    ql_status status = check_slots(start, pos, slots, err);
-    if (status != QL_OK) return status;
+    QL_TRY(check_cache(cache, err));
+    QL_TRY(check_slots(start, pos, slots, err));
     for (int64_t t = 0; t < k->shape[0]; t++) {
         int64_t slot = (int64_t)((const int32_t *)start->data)[t] + ((const int32_t *)pos->data)[t];
         for (int64_t h = 0; h < heads; h++) {
@@ -396,6 +403,7 @@ static ql_status cpu_attention(void *ctx, const ql_tensor *q, ql_kv_view cache, 
                             .slots = cache.k->shape[1]},
                            q->shape[0],
                            ATTENTION_TOKENS};
+    QL_TRY(check_cache(cache, err));
     ql_status status = check_slots(start, pos, args.a.slots, err);
     if (status == QL_OK && cache.k->shape[2] > QK_MAX_HEAD_DIM)
         status = ql_err_set(err, QL_ERR_UNSUPPORTED, "head_dim %lld is above %d",

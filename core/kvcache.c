@@ -5,7 +5,7 @@
 #include <string.h>
 
 ql_status ql_kvcache_new(ql_device *dev, ql_arena *arena, int layers, int64_t kv_heads, int64_t head_dim,
-                         int sequences, const int32_t *capacity, ql_kvcache *out, ql_err *err)
+                         ql_dtype dtype, int sequences, const int32_t *capacity, ql_kvcache *out, ql_err *err)
 {
     memset(out, 0, sizeof *out);
     ql_status status = QL_ERR_MEMORY;
@@ -13,10 +13,11 @@ ql_status ql_kvcache_new(ql_device *dev, ql_arena *arena, int layers, int64_t kv
     out->sequences = sequences;
     out->k = ql_calloc((size_t)layers, sizeof *out->k);
     out->v = ql_calloc((size_t)layers, sizeof *out->v);
+    out->view = ql_calloc((size_t)layers, sizeof *out->view);
     out->start = ql_calloc(n, sizeof *out->start);
     out->capacity = ql_calloc(n, sizeof *out->capacity);
     out->length = ql_calloc(n, sizeof *out->length);
-    if (!out->k || !out->v || !out->start || !out->capacity || !out->length) {
+    if (!out->k || !out->v || !out->view || !out->start || !out->capacity || !out->length) {
         ql_err_set(err, QL_ERR_MEMORY, "out of memory for a cache of %d sequences", sequences);
         goto fail;
     }
@@ -33,10 +34,11 @@ ql_status ql_kvcache_new(ql_device *dev, ql_arena *arena, int layers, int64_t kv
     }
     for (int i = 0; i < layers; i++) {
         const int64_t shape[] = {kv_heads, slots, head_dim};
-        status = ql_tensor_new(dev, arena, QL_MEM_KV, QL_F32, 3, shape, &out->k[i], err);
+        status = ql_tensor_new(dev, arena, QL_MEM_KV, dtype, 3, shape, &out->k[i], err);
         out->layers = i + 1;
-        if (status == QL_OK) status = ql_tensor_new(dev, arena, QL_MEM_KV, QL_F32, 3, shape, &out->v[i], err);
+        if (status == QL_OK) status = ql_tensor_new(dev, arena, QL_MEM_KV, dtype, 3, shape, &out->v[i], err);
         if (status != QL_OK) goto fail;
+        out->view[i] = (ql_kv_view){&out->k[i], &out->v[i]};
     }
     return QL_OK;
 fail:
@@ -52,13 +54,9 @@ void ql_kvcache_free(ql_kvcache *c)
     }
     ql_free(c->k);
     ql_free(c->v);
+    ql_free(c->view);
     ql_free(c->start);
     ql_free(c->capacity);
     ql_free(c->length);
     memset(c, 0, sizeof *c);
-}
-
-ql_kv_view ql_kvcache_layer(const ql_kvcache *c, int layer)
-{
-    return (ql_kv_view){&c->k[layer], &c->v[layer]};
 }

@@ -9,7 +9,7 @@
 
 static void work_free(struct ql_llama_work *w)
 {
-    ql_tensor *all[] = {&w->x, &w->h, &w->q, &w->k, &w->v, &w->att, &w->gate, &w->up};
+    ql_tensor *all[] = {&w->x, &w->h, &w->q, &w->k, &w->v, &w->att, &w->gate, &w->up, &w->workspace};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) ql_tensor_free(all[i]);
     w->tokens = 0;
 }
@@ -20,18 +20,6 @@ static void work_widths(const ql_config *c, int64_t widths[8])
     int64_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
     const int64_t all[8] = {c->hidden, c->hidden, q, kv, kv, q, c->intermediate, c->intermediate};
     memcpy(widths, all, sizeof all);
-}
-
-size_t ql_llama_work_bytes(const ql_config *config, int64_t tokens, int64_t longest, int64_t outputs)
-{
-    int64_t widths[8], sum = 3; /* id, start and position */
-    work_widths(config, widths);
-    for (int i = 0; i < 8; i++) sum += widths[i];
-    if (tokens > QL_LLAMA_CHUNK) tokens = QL_LLAMA_CHUNK;
-    int64_t head = outputs < tokens ? outputs : tokens; /* rows before and after the last norm, their index */
-    int64_t tables = ql_rope_positions(longest) * (config->head_dim / 2) * 2;
-    return (size_t)(sum * tokens + head * (2 * config->hidden + 1) + tables + outputs * config->vocab) *
-           sizeof(float);
 }
 
 /* Working memory for exactly `tokens` rows: kept between passes of one size, so that decoding does not
@@ -53,6 +41,106 @@ static ql_status work_reserve(ql_llama *m, int64_t tokens, ql_err *err)
         }
     }
     w->tokens = tokens;
+    return QL_OK;
+}
+
+/* The same rule for a backend that runs whole passes. Its address stays while the size does: a backend may
+ * replay a recorded pass that holds addresses. */
+static ql_status workspace_reserve(ql_llama *m, size_t bytes, ql_err *err)
+{
+    struct ql_llama_work *w = &m->work;
+    if (w->workspace.storage && ql_tensor_bytes(&w->workspace) == bytes) return QL_OK;
+    work_free(w);
+    return ql_tensor_new_1d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_U8, (int64_t)bytes, &w->workspace,
+                            err);
+}
+
+/* The network's part of a pass. */
+static ql_pass pass_of(const ql_llama *m, const ql_kv_view *cache)
+{
+    const ql_config *c = &m->config;
+    const ql_weights *w = &m->weights;
+    return (ql_pass){.hidden = c->hidden,
+                     .intermediate = c->intermediate,
+                     .vocab = c->vocab,
+                     .head_dim = c->head_dim,
+                     .heads = (int)c->heads,
+                     .kv_heads = (int)c->kv_heads,
+                     .layers = (int)w->layers,
+                     .eps = (float)c->rms_eps,
+                     .layer = w->layer,
+                     .embed = &w->embed,
+                     .lm_head = &w->lm_head,
+                     .norm = &w->norm,
+                     .cos = &m->rope.cos,
+                     .sin = &m->rope.sin,
+                     .cache = cache};
+}
+
+/* The largest workspace among the pieces of a batch of rows of `longest` tokens. */
+static ql_status expect_workspace(const ql_llama *m, int64_t tokens, int64_t longest, int64_t outputs,
+                                  size_t *bytes, ql_err *err)
+{
+    const ql_backend *be = m->device->backend;
+    int64_t step = tokens < be->pass_tokens ? tokens : be->pass_tokens;
+    ql_tensor slots = {
+        .dtype = ql_llama_kv_dtype(m), .ndim = 3, .shape = {m->config.kv_heads, tokens, m->config.head_dim}};
+    ql_kv_view *views = ql_calloc((size_t)m->config.layers, sizeof *views);
+    int32_t *index = ql_calloc((size_t)step, 4 * sizeof *index);
+    *bytes = 0;
+    if (longest < 1) longest = 1;
+    for (int64_t i = 0; views && i < m->config.layers; i++) views[i] = (ql_kv_view){&slots, &slots};
+    for (int64_t first = 0; views && index && first < tokens; first += step) {
+        ql_pass p = pass_of(m, views);
+        p.tokens = tokens - first < step ? tokens - first : step;
+        p.outputs = outputs < p.tokens ? outputs : p.tokens;
+        for (int64_t i = 0; i < p.tokens; i++) {
+            index[step + i] = (int32_t)((first + i) / longest * longest);
+            index[2 * step + i] = (int32_t)((first + i) % longest);
+            if (i < p.outputs) index[3 * step + i] = (int32_t)(p.tokens - p.outputs + i);
+        }
+        p.ids = index;
+        p.start = index + step;
+        p.pos = index + 2 * step;
+        p.out_token = index + 3 * step;
+        size_t need = be->pass_bytes(m->device->ctx, &p);
+        if (need > *bytes) *bytes = need;
+    }
+    bool complete = views && index;
+    ql_free(views);
+    ql_free(index);
+    return complete ? QL_OK : ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+}
+
+/* As the steps take it: working tensors with the id, start and position of each token, and the wanted rows
+ * before and after the last norm with the index of each. */
+static size_t expect_work(const ql_llama *m, int64_t tokens, int64_t outputs)
+{
+    int64_t widths[8], sum = 3, step = m->device->backend->pass_tokens;
+    work_widths(&m->config, widths);
+    for (int i = 0; i < 8; i++) sum += widths[i];
+    if (tokens > step) tokens = step;
+    int64_t head = outputs < tokens ? outputs : tokens;
+    return (size_t)(sum * tokens + head * (2 * m->config.hidden + 1)) * sizeof(float);
+}
+
+ql_dtype ql_llama_kv_dtype(const ql_llama *m)
+{
+    return m->weights.dtype == QL_F32 ? QL_F32 : m->device->backend->kv_dtype;
+}
+
+ql_status ql_llama_expect(const ql_llama *m, int64_t tokens, int64_t longest, int64_t outputs,
+                          ql_llama_size *out, ql_err *err)
+{
+    const ql_config *c = &m->config;
+    *out = (ql_llama_size){0};
+    if (m->device->backend->pass)
+        QL_TRY(expect_workspace(m, tokens, longest, outputs, &out->activations, err));
+    else
+        out->activations = expect_work(m, tokens, outputs);
+    int64_t tables = ql_rope_positions(longest) * (c->head_dim / 2) * 2;
+    out->activations += (size_t)(tables + outputs * c->vocab) * sizeof(float);
+    out->slot = (size_t)(2 * c->layers * c->kv_heads * c->head_dim) * ql_dtype_size(ql_llama_kv_dtype(m));
     return QL_OK;
 }
 
@@ -160,7 +248,7 @@ static ql_status run_layer(ql_llama *m, int64_t i, const ql_kvcache *cache, cons
     struct ql_llama_work *w = &m->work;
     const ql_layer *layer = &m->weights.layer[i];
     const ql_matrix *linear = layer->linear;
-    ql_kv_view kv = ql_kvcache_layer(cache, (int)i);
+    ql_kv_view kv = cache->view[i];
     int heads = (int)m->config.heads, kv_heads = (int)m->config.kv_heads;
     float eps = (float)m->config.rms_eps;
 
@@ -192,12 +280,10 @@ static ql_status upload_i32(ql_llama *m, const int32_t *src, int64_t n, ql_tenso
     return ql_tensor_upload(out, src, (size_t)n * sizeof *src, err);
 }
 
-/* Final norm and logits of the wanted rows among tokens first .. first + n of the pass. */
-static ql_status run_head(ql_llama *m, const layout *l, int64_t first, int64_t n, int64_t *done,
-                          const ql_trace *trace, ql_tensor *logits, ql_err *err)
+/* Final norm and logits of tokens out_token[0 .. count) of the piece at hand. */
+static ql_status run_head(ql_llama *m, const int32_t *out_token, int64_t count, const ql_trace *trace,
+                          ql_tensor *logits, ql_err *err)
 {
-    int64_t count = 0;
-    while (*done + count < l->outputs && l->out_token[*done + count] < first + n) count++;
     struct ql_llama_work *w = &m->work;
     float eps = (float)m->config.rms_eps;
     if (trace) {
@@ -206,46 +292,43 @@ static ql_status run_head(ql_llama *m, const layout *l, int64_t first, int64_t n
     }
     if (count == 0) return QL_OK;
 
-    ql_tensor rows = {0}, picked = {0}, normed = {0}, view = {0};
-    int32_t *local = ql_malloc((size_t)count * sizeof *local);
-    if (!local) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
-    for (int64_t i = 0; i < count; i++) local[i] = l->out_token[*done + i] - (int32_t)first;
+    ql_tensor rows = {0}, picked = {0}, normed = {0};
     int64_t hidden = m->config.hidden;
-    ql_status status = upload_i32(m, local, count, &rows, err);
-    ql_free(local);
+    ql_status status = upload_i32(m, out_token, count, &rows, err);
     if (status != QL_OK) goto fail;
     status = ql_tensor_new_2d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_F32, count, hidden, &picked, err);
     if (status != QL_OK) goto fail;
     status = ql_tensor_new_2d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_F32, count, hidden, &normed, err);
     if (status != QL_OK) goto fail;
-    status = ql_tensor_rows(logits, *done, count, &view, err);
-    if (status != QL_OK) goto fail;
     status = ql_op_gather_rows(&w->x, &rows, &picked, err);
     if (status != QL_OK) goto fail;
     status = ql_op_rmsnorm(&picked, &m->weights.norm, eps, &normed, err);
     if (status != QL_OK) goto fail;
-    status = ql_op_matmul(&normed, &m->weights.lm_head, false, &view, err);
-    *done += count;
+    status = ql_op_matmul(&normed, &m->weights.lm_head, false, logits, err);
 fail:
     ql_tensor_free(&rows);
     ql_tensor_free(&picked);
     ql_tensor_free(&normed);
-    ql_tensor_free(&view);
     return status;
 }
 
-static ql_status run_chunk(ql_llama *m, const ql_kvcache *cache, const layout *l, const int32_t *ids,
-                           int64_t first, int64_t n, int64_t *done, const ql_trace *trace, ql_tensor *logits,
-                           ql_err *err)
+/* A piece of a batch: host arrays, tokens counted from the piece's first. */
+typedef struct {
+    int64_t tokens, outputs;
+    const int32_t *ids, *start, *pos, *out_token;
+} piece;
+
+static ql_status run_steps(ql_llama *m, const ql_kvcache *cache, const piece *p, const ql_trace *trace,
+                           ql_tensor *logits, ql_err *err)
 {
     chunk c = {0};
-    ql_status status = work_reserve(m, n, err);
+    ql_status status = work_reserve(m, p->tokens, err);
     if (status != QL_OK) goto fail;
-    status = upload_i32(m, ids + first, n, &c.ids, err);
+    status = upload_i32(m, p->ids, p->tokens, &c.ids, err);
     if (status != QL_OK) goto fail;
-    status = upload_i32(m, l->start + first, n, &c.start, err);
+    status = upload_i32(m, p->start, p->tokens, &c.start, err);
     if (status != QL_OK) goto fail;
-    status = upload_i32(m, l->pos + first, n, &c.pos, err);
+    status = upload_i32(m, p->pos, p->tokens, &c.pos, err);
     if (status != QL_OK) goto fail;
     status = ql_op_embed(&m->weights.embed, &c.ids, &m->work.x, err);
     if (status != QL_OK) goto fail;
@@ -254,11 +337,45 @@ static ql_status run_chunk(ql_llama *m, const ql_kvcache *cache, const layout *l
         status = ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted")
                                   : run_layer(m, i, cache, &c, trace, err);
     }
-    if (status == QL_OK) status = run_head(m, l, first, n, done, trace, logits, err);
+    if (status == QL_OK) status = run_head(m, p->out_token, p->outputs, trace, logits, err);
 fail:
     ql_tensor_free(&c.ids);
     ql_tensor_free(&c.start);
     ql_tensor_free(&c.pos);
+    return status;
+}
+
+static ql_status run_pass(ql_llama *m, const ql_kvcache *cache, const piece *p, ql_tensor *logits,
+                          ql_err *err)
+{
+    if (ql_interrupted()) return ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted");
+    ql_pass pass = pass_of(m, cache->view);
+    pass.tokens = p->tokens;
+    pass.outputs = p->outputs;
+    pass.ids = p->ids;
+    pass.start = p->start;
+    pass.pos = p->pos;
+    pass.out_token = p->out_token;
+    QL_TRY(workspace_reserve(m, m->device->backend->pass_bytes(m->device->ctx, &pass), err));
+    pass.workspace = &m->work.workspace;
+    pass.logits = logits;
+    return ql_op_pass(m->device, &pass, err);
+}
+
+/* Tokens first .. first + n of a batch, whose wanted rows start at *done; `l` loses what it said of them. */
+static ql_status run_chunk(ql_llama *m, const ql_kvcache *cache, layout *l, const int32_t *ids, int64_t first,
+                           int64_t n, int64_t *done, const ql_trace *trace, ql_tensor *logits, ql_err *err)
+{
+    int64_t count = 0;
+    int32_t *out_token = l->out_token + *done;
+    while (*done + count < l->outputs && out_token[count] < first + n) out_token[count++] -= (int32_t)first;
+    piece p = {n, count, ids + first, l->start + first, l->pos + first, out_token};
+    ql_tensor view;
+    QL_TRY(ql_tensor_rows(logits, *done, count, &view, err));
+    *done += count;
+    ql_status status = m->device->backend->pass && !trace ? run_pass(m, cache, &p, &view, err)
+                                                          : run_steps(m, cache, &p, trace, &view, err);
+    ql_tensor_free(&view);
     return status;
 }
 
@@ -282,7 +399,7 @@ ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *b, co
         if (status != QL_OK) goto fail;
     }
     /* A trace shows whole tensors, so it takes the batch in one piece. */
-    int64_t step = trace ? l.tokens : QL_LLAMA_CHUNK;
+    int64_t step = trace ? l.tokens : m->device->backend->pass_tokens;
     for (int64_t first = 0; first < l.tokens; first += step) {
         int64_t n = l.tokens - first < step ? l.tokens - first : step;
         status = run_chunk(m, cache, &l, b->ids, first, n, &done, trace, logits, err);
@@ -309,7 +426,7 @@ ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql
     memset(out, 0, sizeof *out);
     for (int i = 0; i < sequences; i++) QL_TRY(check_context(m, i, capacity[i], err));
     return ql_kvcache_new(m->device, m->arena, (int)m->config.layers, m->config.kv_heads, m->config.head_dim,
-                          sequences, capacity, out, err);
+                          ql_llama_kv_dtype(m), sequences, capacity, out, err);
 }
 
 /* A model without weights; `config` is moved in (and emptied) whatever happens. */

@@ -20,7 +20,8 @@ typedef struct {
     int64_t max_context; /* longest sequence a forward pass takes */
     struct ql_llama_work {
         int64_t tokens;                         /* rows the tensors below have */
-        ql_tensor x, h, q, k, v, att, gate, up; /* F32 [tokens, width] */
+        ql_tensor x, h, q, k, v, att, gate, up; /* F32 [tokens, width]; empty where the backend has `pass` */
+        ql_tensor workspace;                    /* U8, the backend's, of the last pass's size; else empty */
     } work;
 } ql_llama;
 
@@ -64,6 +65,8 @@ void ql_llama_free(ql_llama *m);
  * tables go first, so that a smaller pass is not charged with a larger one before it. Not inside a pass. */
 void ql_llama_reset_peak(ql_llama *m);
 
+/* float32 for a model whose embedding is, else what the backend likes best. */
+ql_dtype ql_llama_kv_dtype(const ql_llama *m);
 /* A cache for `sequences` rows of the given capacities (tokens), none above the model's context. */
 ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql_kvcache *out /* [OUT] */,
                          ql_err *err);
@@ -75,11 +78,14 @@ ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql
 ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *batch, const ql_trace *trace,
                            ql_tensor *logits /* [IN OUT] */, ql_err *err);
 
-/* The analytic expectation of the activations of one forward pass over `tokens` tokens, the longest row
- * having `longest`, `outputs` logit rows wanted: working tensors, rotary tables and logits, in bytes, without
- * cache. */
-size_t ql_llama_work_bytes(const ql_config *config, int64_t tokens, int64_t longest, int64_t outputs);
-/* Tokens that go through the layers together; longer batches are taken in pieces of this size. */
-#define QL_LLAMA_CHUNK 512
+/* The analytic expectation, in bytes. */
+typedef struct {
+    size_t activations; /* working memory, rotary tables and logits of a forward pass */
+    size_t slot;        /* the cache's, for one token */
+} ql_llama_size;
+
+/* Of one forward pass over `tokens` tokens, the longest row having `longest`, `outputs` logit rows wanted. */
+ql_status ql_llama_expect(const ql_llama *m, int64_t tokens, int64_t longest, int64_t outputs,
+                          ql_llama_size *out /* [OUT] */, ql_err *err);
 
 #endif

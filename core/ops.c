@@ -56,10 +56,20 @@ static const ql_tensor *present(const ql_tensor *t)
     return t->storage ? t : NULL;
 }
 
-/* Dense [n, k] floats, or 4-bit codes with their scales. */
+/* 4-bit codes with their scales, in a form that their device has. */
+static bool is_matrix_4bit(const ql_matrix *w)
+{
+    if (!is(&w->data, QL_U8, 1)) return false;
+    const ql_backend *be = ql_tensor_device(&w->data)->backend;
+    if (w->layout != 0 && !be->unpack4) return false;
+    if (!w->nested.storage) return is(&w->absmax, QL_F32, 1);
+    return be->nested_scales && is(&w->absmax, QL_U8, 1) && is(&w->nested, QL_F32, 1);
+}
+
+/* Dense [n, k] floats, or 4-bit. */
 static bool is_matrix(const ql_matrix *w)
 {
-    if (w->quant) return is(&w->data, QL_U8, 1) && is(&w->absmax, QL_F32, 1);
+    if (w->quant) return is_matrix_4bit(w);
     return w->data.storage && ql_dtype_is_weight(w->data.dtype) && w->data.ndim == 2 &&
            w->data.shape[0] == w->n && w->data.shape[1] == w->k;
 }
@@ -95,7 +105,7 @@ ql_status ql_op_matmul(const ql_tensor *x, const ql_matrix *w, bool add, ql_tens
     REQUIRE(x->shape[1] == w->k && y->shape[1] == w->n, "matmul",
             "the weight is [%lld, %lld], x has %lld columns", (long long)w->n, (long long)w->k,
             (long long)x->shape[1]);
-    TOGETHER("matmul", dev, y, x, &w->data, present(&w->absmax), present(&w->bias));
+    TOGETHER("matmul", dev, y, x, &w->data, present(&w->absmax), present(&w->nested), present(&w->bias));
     OP(dev, matmul);
     return dev->backend->matmul(dev->ctx, x, w, add, y, err);
 }
@@ -114,9 +124,11 @@ ql_status ql_op_rope(ql_tensor *x, const ql_tensor *pos, const ql_tensor *cos, c
     return dev->backend->rope(dev->ctx, x, pos, cos, sin, heads, err);
 }
 
+/* [kv_heads, slots, D] of one float type, kv_heads * D = kv_columns. */
 static bool cache_fits(ql_kv_view cache, int64_t kv_columns)
 {
-    return is(cache.k, QL_F32, 3) && is(cache.v, QL_F32, 3) && same_shape(cache.k, cache.v) &&
+    return cache.k && ql_dtype_is_weight(cache.k->dtype) && is(cache.k, cache.k->dtype, 3) &&
+           is(cache.v, cache.k->dtype, 3) && same_shape(cache.k, cache.v) &&
            cache.k->shape[0] * cache.k->shape[2] == kv_columns;
 }
 
@@ -127,7 +139,8 @@ ql_status ql_op_kv_write(const ql_tensor *k, const ql_tensor *v, const ql_tensor
     REQUIRE(is(k, QL_F32, 2) && is(v, QL_F32, 2) && same_shape(k, v) && is(start, QL_I32, 1) &&
                 is(pos, QL_I32, 1) && start->shape[0] == k->shape[0] && pos->shape[0] == k->shape[0],
             "kv_write", "k and v are F32 [T, kv_heads*D], start and pos are I32 [T]");
-    REQUIRE(cache_fits(cache, k->shape[1]), "kv_write", "the cache is F32 [kv_heads, slots, D]");
+    REQUIRE(cache_fits(cache, k->shape[1]), "kv_write",
+            "keys and values of the cache are floats of one type, [kv_heads, slots, D]");
     TOGETHER("kv_write", dev, k, v, start, pos, cache.k, cache.v);
     OP(dev, kv_write);
     return dev->backend->kv_write(dev->ctx, k, v, start, pos, cache, err);
@@ -140,10 +153,11 @@ ql_status ql_op_attention(const ql_tensor *q, ql_kv_view cache, const ql_tensor 
     REQUIRE(is(q, QL_F32, 2) && is(y, QL_F32, 2) && same_shape(q, y) && is(start, QL_I32, 1) &&
                 is(pos, QL_I32, 1) && start->shape[0] == q->shape[0] && pos->shape[0] == q->shape[0],
             "attention", "q and output are F32 [T, heads*D], start and pos are I32 [T]");
-    REQUIRE(is(cache.k, QL_F32, 3) && heads > 0 && heads % cache.k->shape[0] == 0 &&
-                q->shape[1] == heads * cache.k->shape[2] &&
-                cache_fits(cache, cache.k->shape[0] * cache.k->shape[2]),
-            "attention", "the cache is F32 [kv_heads, slots, D] and kv_heads divides heads");
+    REQUIRE(cache.k && cache.k->ndim == 3 && cache_fits(cache, cache.k->shape[0] * cache.k->shape[2]) &&
+                heads > 0 && heads % cache.k->shape[0] == 0 && q->shape[1] == heads * cache.k->shape[2],
+            "attention",
+            "keys and values of the cache are floats of one type, [kv_heads, slots, D], and kv_heads divides "
+            "heads");
     TOGETHER("attention", dev, q, y, start, pos, cache.k, cache.v);
     OP(dev, attention);
     return dev->backend->attention(dev->ctx, q, cache, start, pos, heads, y, err);
@@ -171,6 +185,35 @@ ql_status ql_op_gather_rows(const ql_tensor *x, const ql_tensor *rows, ql_tensor
     return dev->backend->gather_rows(dev->ctx, x, rows, y, err);
 }
 
+ql_status ql_op_pass(ql_device *dev, const ql_pass *p, ql_err *err)
+{
+    REQUIRE(is(p->workspace, QL_U8, 1) && is(p->logits, QL_F32, 2) && p->logits->shape[0] == p->outputs &&
+                p->logits->shape[1] == p->vocab,
+            "pass", "the workspace is U8, logits are F32 [outputs, V]");
+    REQUIRE(p->tokens > 0 && p->outputs >= 0 && p->outputs <= p->tokens, "pass",
+            "%lld logits of %lld tokens are wanted", (long long)p->outputs, (long long)p->tokens);
+    REQUIRE(!p->embed->quant && is_matrix(p->embed) && is_matrix(p->lm_head) && is(p->norm, QL_F32, 1) &&
+                is(p->cos, QL_F32, 2) && is(p->sin, QL_F32, 2) && same_shape(p->cos, p->sin),
+            "pass", "embedding, head, norm and rotary tables do not make a network");
+    TOGETHER("pass", dev, p->workspace, p->logits, &p->embed->data, &p->lm_head->data, p->norm, p->cos,
+             p->sin);
+    for (int i = 0; i < p->layers; i++) {
+        const ql_matrix *linear = p->layer[i].linear;
+        ql_kv_view cache = p->cache[i];
+        REQUIRE(cache_fits(cache, (int64_t)p->kv_heads * p->head_dim), "pass",
+                "layer %d: keys and values of the cache are floats of one type, [kv_heads, slots, D]", i);
+        TOGETHER("pass", dev, cache.k, cache.v, &p->layer[i].input_norm, &p->layer[i].post_norm);
+        for (int kind = 0; kind < QL_LINEARS; kind++) {
+            REQUIRE(is_matrix(&linear[kind]), "pass", "layer %d: a weight is neither dense [n, k] nor 4-bit",
+                    i);
+            TOGETHER("pass", dev, &linear[kind].data, present(&linear[kind].absmax),
+                     present(&linear[kind].nested), present(&linear[kind].bias));
+        }
+    }
+    OP(dev, pass);
+    return dev->backend->pass(dev->ctx, p, err);
+}
+
 ql_status ql_op_topk(const ql_tensor *x, int k, ql_tensor *values, ql_tensor *ids, ql_err *err)
 {
     ql_device *dev = ql_tensor_device(x);
@@ -192,6 +235,21 @@ ql_status ql_op_logsumexp(const ql_tensor *x, double temperature, ql_tensor *out
     TOGETHER("logsumexp", dev, x, out);
     OP(dev, logsumexp);
     return dev->backend->logsumexp(dev->ctx, x, temperature, out, err);
+}
+
+ql_status ql_op_row_stats(const ql_tensor *x, const ql_tensor *targets, ql_tensor *stats, ql_tensor *found,
+                          ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(x);
+    REQUIRE(is(x, QL_F32, 2) && is(stats, QL_F64, 2) && stats->shape[0] == x->shape[0] &&
+                stats->shape[1] == 3 && is(found, QL_I32, 2) && found->shape[0] == x->shape[0] &&
+                found->shape[1] == 2,
+            "row_stats", "x is F32 [n, V], outputs are F64 [n, 3] and I32 [n, 2]");
+    REQUIRE(!targets || (is(targets, QL_I32, 1) && targets->shape[0] == x->shape[0]), "row_stats",
+            "targets are I32 [n]");
+    TOGETHER("row_stats", dev, x, targets, stats, found);
+    OP(dev, row_stats);
+    return dev->backend->row_stats(dev->ctx, x, targets, stats, found, err);
 }
 
 ql_status ql_op_softmax(const ql_tensor *x, double temperature, ql_tensor *y, ql_err *err)
@@ -259,6 +317,23 @@ ql_status ql_op_convert(const ql_tensor *src, ql_tensor *dst, ql_err *err)
     return dev->backend->convert(dev->ctx, src, dst, err);
 }
 
+ql_status ql_op_find_bad(const ql_tensor *x, int64_t *at, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(x);
+    *at = -1;
+    REQUIRE(x->storage && ql_dtype_is_weight(x->dtype), "find_bad", "the tensor is not F32, F16 or BF16");
+    OP(dev, find_bad);
+    return dev->backend->find_bad(dev->ctx, x, at, err);
+}
+
+ql_status ql_op_random(uint64_t seed, uint64_t first, ql_tensor *y, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(y);
+    REQUIRE(y->storage && ql_dtype_is_weight(y->dtype), "random", "the output is not F32, F16 or BF16");
+    OP(dev, random);
+    return dev->backend->random(dev->ctx, seed, first, y, err);
+}
+
 ql_status ql_op_quantize4(const ql_tensor *src, int block, const float thresholds[15],
                           const uint8_t order[16], int zero_code, ql_tensor *packed, ql_tensor *absmax,
                           ql_err *err)
@@ -282,7 +357,33 @@ ql_status ql_op_dequantize4(const ql_matrix *w, ql_tensor *dst, ql_err *err)
     REQUIRE(w->quant && is_matrix(w) && ql_dtype_is_weight(dst->dtype) && dst->ndim == 2 &&
                 dst->shape[0] == w->n && dst->shape[1] == w->k,
             "dequantize4", "the matrix is 4-bit and the output is a float tensor [n, k]");
-    TOGETHER("dequantize4", dev, dst, &w->data, &w->absmax);
+    TOGETHER("dequantize4", dev, dst, &w->data, &w->absmax, present(&w->nested));
     OP(dev, dequantize4);
     return dev->backend->dequantize4(dev->ctx, w, dst, err);
+}
+
+/* `dst` takes the codes of a 4-bit matrix in another order. */
+static bool takes_codes(const ql_matrix *w, const ql_tensor *dst)
+{
+    return w->quant && is_matrix(w) && is(dst, QL_U8, 1) && same_shape(&w->data, dst);
+}
+
+ql_status ql_op_pack4(const ql_matrix *w, ql_tensor *dst, int *layout, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(dst);
+    *layout = 0;
+    REQUIRE(takes_codes(w, dst) && w->layout == 0, "pack4",
+            "the matrix is 4-bit in bitsandbytes' order and the output has its size");
+    TOGETHER("pack4", dev, dst, &w->data);
+    OP(dev, pack4);
+    return dev->backend->pack4(dev->ctx, w, dst, layout, err);
+}
+
+ql_status ql_op_unpack4(const ql_matrix *w, ql_tensor *dst, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(dst);
+    REQUIRE(takes_codes(w, dst), "unpack4", "the matrix is 4-bit and the output has the size of its codes");
+    TOGETHER("unpack4", dev, dst, &w->data);
+    OP(dev, unpack4);
+    return dev->backend->unpack4(dev->ctx, w, dst, err);
 }

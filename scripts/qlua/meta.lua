@@ -160,7 +160,7 @@ function model:_matrices() end
 ---@param longest integer  tokens of the longest row
 ---@param outputs integer  rows of logits
 ---@return integer activations, integer slot
-function model:_work_bytes(tokens, longest, outputs) end
+function model:_expect(tokens, longest, outputs) end
 
 --- A safetensors file or folder of shards.
 ---@class qlua.checkpoint

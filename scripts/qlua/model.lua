@@ -195,7 +195,7 @@ end
 ---@param outputs integer  rows of logits wanted
 ---@return { weights: integer, kv: integer, activations: integer, total: integer }
 function model:expected_memory(tokens, longest, outputs)
-  local activations, slot = self:_work_bytes(tokens, longest, outputs)
+  local activations, slot = self:_expect(tokens, longest, outputs)
   local result = { weights = primitive_info(self).bytes, kv = tokens * slot,
     activations = activations }
   result.total = result.weights + result.kv + result.activations
