@@ -10,7 +10,9 @@
 #include "pool.h"
 #include "process.h"
 #include "qk.h"
+#include "qk_random.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -484,6 +486,48 @@ static ql_status cpu_gather_rows(void *ctx, const ql_tensor *x, const ql_tensor 
 /* ---- rows of logits ---- */
 
 typedef struct {
+    const void *data;
+    uint16_t mask; /* exponent of a 16-bit float; 0: the numbers are F32 */
+    int64_t *at;   /* atomic: lowest index found yet, or the count */
+} find_args;
+
+/* NaN and the infinities have every bit of the exponent set. */
+static bool is_bad(const find_args *a, int64_t i)
+{
+    if (a->mask == 0) return (((const uint32_t *)a->data)[i] & 0x7f800000u) == 0x7f800000u;
+    return (((const uint16_t *)a->data)[i] & a->mask) == a->mask;
+}
+
+static bool any_bad(const find_args *a, int64_t i0, int64_t i1)
+{
+    const uint32_t *f = a->data;
+    const uint16_t *h = a->data, mask = a->mask;
+    uint32_t bad = 0;
+    if (mask == 0) {
+        for (int64_t i = i0; i < i1; i++) bad |= (f[i] & 0x7f800000u) == 0x7f800000u;
+    } else {
+        for (int64_t i = i0; i < i1; i++) bad |= (h[i] & mask) == mask;
+    }
+    return bad != 0;
+}
+
+static void find_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const find_args *a = args;
+    const int64_t piece = 4096;
+    for (int64_t i = i0; i < i1; i += piece) {
+        int64_t end = i1 - i < piece ? i1 : i + piece;
+        if (!any_bad(a, i, end)) continue;
+        while (!is_bad(a, i)) i++;
+        int64_t seen = __atomic_load_n(a->at, __ATOMIC_RELAXED);
+        while (i < seen &&
+               !__atomic_compare_exchange_n(a->at, &seen, i, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+        return;
+    }
+}
+
+typedef struct {
     const float *a, *b;
     int64_t v;
     int k;
@@ -522,6 +566,47 @@ static ql_status cpu_logsumexp(void *ctx, const ql_tensor *x, double temperature
     (void)err;
     rows_args a = {.a = x->data, .v = x->shape[1], .temperature = temperature, .out = out->data};
     for_range(ctx, x->shape[0], 1, 64.0 * (double)a.v, logsumexp_range, &a);
+    return QL_OK;
+}
+
+typedef struct {
+    const float *x;
+    int64_t v;
+    const int32_t *targets; /* or NULL */
+    double *stats;
+    int32_t *found;
+} stats_args;
+
+static void stats_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const stats_args *a = args;
+    for (int64_t i = i0; i < i1; i++) {
+        const float *row = a->x + i * a->v;
+        double *stats = a->stats + 3 * i, lse = qk_logsumexp(row, a->v, 1.0), entropy = 0;
+        float largest;
+        int32_t *found = a->found + 2 * i;
+        int64_t bad = a->v;
+        find_args find = {row, 0, &bad};
+        for (int64_t j = 0; j < a->v; j++) {
+            double lnp = (double)row[j] - lse;
+            entropy -= exp(lnp) * lnp;
+        }
+        qk_topk(row, a->v, 1, &largest, &found[0]);
+        find_range(&find, 0, a->v, NULL);
+        found[1] = bad < a->v ? (int32_t)bad : -1;
+        stats[0] = lse;
+        stats[1] = entropy;
+        stats[2] = a->targets ? (double)row[a->targets[i]] : 0;
+    }
+}
+
+static ql_status cpu_row_stats(void *ctx, const ql_tensor *x, const ql_tensor *targets, ql_tensor *stats,
+                               ql_tensor *found, ql_err *err)
+{
+    if (targets) QL_TRY(check_indices("target", targets, x->shape[1], err));
+    stats_args a = {x->data, x->shape[1], targets ? targets->data : NULL, stats->data, found->data};
+    for_range(ctx, x->shape[0], 1, 128.0 * (double)a.v, stats_range, &a);
     return QL_OK;
 }
 
@@ -603,6 +688,44 @@ static ql_status cpu_convert(void *ctx, const ql_tensor *src, ql_tensor *dst, ql
     return QL_OK;
 }
 
+static ql_status cpu_find_bad(void *ctx, const ql_tensor *x, int64_t *at, ql_err *err)
+{
+    (void)err;
+    int64_t count = ql_tensor_count(x), first = count;
+    find_args a = {x->data, x->dtype == QL_F32 ? 0 : x->dtype == QL_F16 ? 0x7c00 : 0x7f80, &first};
+    for_range(ctx, count, 64, 1, find_range, &a);
+    *at = first < count ? first : -1;
+    return QL_OK;
+}
+
+typedef struct {
+    const qk_cpu *qk;
+    uint64_t seed, first;
+    qk_format to;
+    char *y;
+} random_args;
+
+static void random_range(const void *args, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const random_args *a = args;
+    float numbers[1024];
+    for (int64_t i = i0; i < i1; i += 1024) {
+        int64_t n = i1 - i < 1024 ? i1 - i : 1024;
+        for (int64_t j = 0; j < n; j++) numbers[j] = qk_random_normal(a->seed, a->first + (uint64_t)(i + j));
+        a->qk->convert(QK_F32, numbers, a->to, a->y + i * (a->to == QK_F32 ? 4 : 2), 0, n);
+    }
+}
+
+static ql_status cpu_random(void *ctx, uint64_t seed, uint64_t first, ql_tensor *y, ql_err *err)
+{
+    (void)err;
+    const cpu_context *c = ctx;
+    random_args a = {c->qk, seed, first, formats[y->dtype], y->data};
+    for_range(c, ql_tensor_count(y), 1024, 8, random_range, &a);
+    return QL_OK;
+}
+
 static void quantize4_range(const void *args, int64_t i0, int64_t i1, void *scratch)
 {
     (void)scratch;
@@ -673,11 +796,14 @@ const ql_backend ql_backend_cpu = {
     .gather_rows = cpu_gather_rows,
     .topk = cpu_topk,
     .logsumexp = cpu_logsumexp,
+    .row_stats = cpu_row_stats,
     .softmax = cpu_softmax,
     .gather_cols = cpu_gather_cols,
     .kl = cpu_kl,
     .binary = cpu_binary,
     .convert = cpu_convert,
+    .find_bad = cpu_find_bad,
+    .random = cpu_random,
     .quantize4 = cpu_quantize4,
     .dequantize4 = cpu_dequantize4,
 };

@@ -22,7 +22,8 @@ void ql_quant_release(ql_quant *q)
 
 size_t ql_quant_host_bytes(const ql_quant *q)
 {
-    return q && q->nested ? q->blocks * sizeof *q->absmax8 + q->nested_blocks * sizeof *q->nested_absmax : 0;
+    if (!q || !q->absmax8) return 0;
+    return q->blocks * sizeof *q->absmax8 + q->nested_blocks * sizeof *q->nested_absmax;
 }
 
 void ql_quant_charge(ql_quant *q, ql_arena *arena)
@@ -36,6 +37,7 @@ void ql_matrix_free(ql_matrix *m)
     if (!m) return;
     ql_tensor_free(&m->data);
     ql_tensor_free(&m->absmax);
+    ql_tensor_free(&m->nested);
     ql_tensor_free(&m->bias);
     ql_quant_release(m->quant);
     memset(m, 0, sizeof *m);
@@ -46,6 +48,7 @@ ql_matrix ql_matrix_ref(const ql_matrix *m)
     ql_matrix copy = *m;
     copy.data = ql_tensor_ref(&m->data);
     copy.absmax = ql_tensor_ref(&m->absmax);
+    copy.nested = ql_tensor_ref(&m->nested);
     copy.bias = ql_tensor_ref(&m->bias);
     copy.quant = ql_quant_retain(m->quant);
     return copy;
@@ -53,5 +56,6 @@ ql_matrix ql_matrix_ref(const ql_matrix *m)
 
 size_t ql_matrix_bytes(const ql_matrix *m)
 {
-    return ql_tensor_bytes(&m->data) + ql_tensor_bytes(&m->absmax) + ql_tensor_bytes(&m->bias);
+    return ql_tensor_bytes(&m->data) + ql_tensor_bytes(&m->absmax) + ql_tensor_bytes(&m->nested) +
+           ql_tensor_bytes(&m->bias);
 }

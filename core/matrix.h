@@ -33,7 +33,8 @@ typedef struct {
 
 ql_quant *ql_quant_retain(ql_quant *q);
 void ql_quant_release(ql_quant *q);
-/* Bytes of host memory that double quantization keeps for saving; 0 without it. */
+/* Bytes of host memory that double quantization keeps for saving; 0 without it, or when the device keeps
+ * them. */
 size_t ql_quant_host_bytes(const ql_quant *q);
 /* Charge them to `arena` (may be NULL) as weights, until the last reference goes. Once. */
 void ql_quant_charge(ql_quant *q, ql_arena *arena);
@@ -51,6 +52,6 @@ typedef struct {
 
 void ql_matrix_free(ql_matrix *m);
 ql_matrix ql_matrix_ref(const ql_matrix *m); /* shares everything; free it too */
-size_t ql_matrix_bytes(const ql_matrix *m);  /* device bytes held: data + absmax + bias */
+size_t ql_matrix_bytes(const ql_matrix *m);  /* device bytes held: data, scales, bias */
 
 #endif

@@ -216,73 +216,92 @@ static ql_quant *quant_new(ql_err *err)
     return q;
 }
 
-static ql_status alloc_4bit(ql_device *dev, ql_arena *arena, int64_t n, int64_t k, const ql_quant *q,
-                            ql_matrix *out, ql_err *err)
+static ql_status alloc_codes(ql_device *dev, ql_arena *arena, int64_t n, int64_t k, const ql_quant *q,
+                             ql_matrix *out, ql_err *err)
 {
     out->n = n;
     out->k = k;
     out->dtype = q->value_dtype;
-    ql_status status = ql_tensor_new_1d(dev, arena, QL_MEM_WEIGHTS, QL_U8, (n * k + 1) / 2, &out->data, err);
-    if (status != QL_OK) return status;
+    return ql_tensor_new_1d(dev, arena, QL_MEM_WEIGHTS, QL_U8, (n * k + 1) / 2, &out->data, err);
+}
+
+/* Scales in F32, one a block. */
+static ql_status alloc_absmax(ql_device *dev, ql_arena *arena, const ql_quant *q, ql_matrix *out, ql_err *err)
+{
     return ql_tensor_new_1d(dev, arena, QL_MEM_WEIGHTS, QL_F32, (int64_t)q->blocks, &out->absmax, err);
 }
 
-/* Double quantization of a matrix that has its scales: on the host, there are few of them. */
-static ql_status nest(ql_matrix *m, ql_quant *q, ql_err *err)
+/* Double-quantized scales go to the device as they are, and the host forgets them. */
+static ql_status upload_nested(ql_device *dev, ql_arena *arena, ql_quant *q, ql_matrix *out, ql_err *err)
 {
+    size_t count = 257 + q->nested_blocks;
+    float *nested = ql_malloc(count * sizeof *nested);
+    if (!nested) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %zu scales", count);
+    memcpy(nested, q->nested_map, sizeof q->nested_map);
+    nested[256] = q->nested_offset;
+    memcpy(nested + 257, q->nested_absmax, q->nested_blocks * sizeof *nested);
+    ql_status status =
+        ql_tensor_new_1d(dev, arena, QL_MEM_WEIGHTS, QL_U8, (int64_t)q->blocks, &out->absmax, err);
+    if (status == QL_OK) status = ql_tensor_upload(&out->absmax, q->absmax8, q->blocks, err);
+    if (status == QL_OK)
+        status = ql_tensor_new_1d(dev, arena, QL_MEM_WEIGHTS, QL_F32, (int64_t)count, &out->nested, err);
+    if (status == QL_OK) status = ql_tensor_upload(&out->nested, nested, count * sizeof *nested, err);
+    ql_free(nested);
+    if (status != QL_OK) return status;
+    ql_free(q->absmax8);
+    ql_free(q->nested_absmax);
+    q->absmax8 = NULL;
+    q->nested_absmax = NULL;
+    return QL_OK;
+}
+
+/* Double quantization of a matrix that has its scales: on the host, there are few of them. */
+static ql_status nest(ql_matrix *m, ql_arena *arena, ql_quant *q, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(&m->data);
     size_t bytes = q->blocks * sizeof(float);
     float *absmax = ql_malloc(bytes);
     if (!absmax)
         return ql_err_set(err, QL_ERR_MEMORY, "out of memory for the scales of %zu blocks", q->blocks);
     ql_status status = ql_tensor_download(&m->absmax, absmax, bytes, err);
     if (status == QL_OK) status = nested_encode(q, absmax, err);
-    if (status == QL_OK) status = ql_tensor_upload(&m->absmax, absmax, bytes, err);
+    if (status == QL_OK && dev->backend->nested_scales) {
+        ql_tensor_free(&m->absmax);
+        status = upload_nested(dev, arena, q, m, err);
+    } else if (status == QL_OK) {
+        status = ql_tensor_upload(&m->absmax, absmax, bytes, err);
+    }
     ql_free(absmax);
     return status;
 }
 
-/* Index of the first NaN or infinity, or count: those have every bit of the exponent set. */
-static int64_t first_bad(ql_dtype dtype, const void *data, int64_t count)
+/* The last step of a 4-bit matrix: its codes in the order that the device reads best. */
+static ql_status pack(ql_matrix *m, ql_arena *arena, ql_err *err)
 {
-    const uint16_t *h = data, mask = dtype == QL_F16 ? 0x7c00 : 0x7f80;
-    const uint32_t *f = data;
-    const int64_t piece = 4096;
-    for (int64_t i = 0; i < count; i += piece) {
-        int64_t end = count - i < piece ? count : i + piece;
-        uint32_t bad = 0;
-        if (dtype == QL_F32) {
-            for (int64_t j = i; j < end; j++) bad |= (f[j] & 0x7f800000u) == 0x7f800000u;
-        } else {
-            for (int64_t j = i; j < end; j++) bad |= (h[j] & mask) == mask;
-        }
-        if (!bad) continue;
-        for (int64_t j = i; j < end; j++) {
-            if (dtype == QL_F32 ? (f[j] & 0x7f800000u) == 0x7f800000u : (h[j] & mask) == mask) return j;
-        }
+    ql_device *dev = ql_tensor_device(&m->data);
+    if (!dev->backend->pack4) return QL_OK;
+    ql_tensor packed = {0};
+    int layout = 0;
+    ql_status status = ql_tensor_new_1d(dev, arena, QL_MEM_WEIGHTS, QL_U8, m->data.shape[0], &packed, err);
+    if (status == QL_OK) status = ql_op_pack4(m, &packed, &layout, err);
+    if (status != QL_OK || layout == 0) {
+        ql_tensor_free(&packed);
+        return status;
     }
-    return count;
+    ql_tensor_free(&m->data);
+    m->data = packed;
+    m->layout = layout;
+    return QL_OK;
 }
 
 /* Quantizers pass over a NaN without a word: it would become some code. */
 static ql_status check_finite(const ql_matrix *dense, ql_err *err)
 {
-    const ql_tensor *t = &dense->data;
-    void *copy = NULL;
-    ql_status status = QL_OK;
-    if (ql_tensor_device(t)->backend != &ql_backend_cpu) {
-        copy = ql_malloc(ql_tensor_bytes(t));
-        if (!copy) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for a copy of the weight");
-        status = ql_tensor_download(t, copy, ql_tensor_bytes(t), err);
-    }
-    if (status == QL_OK) {
-        int64_t at = first_bad(t->dtype, copy ? copy : t->data, ql_tensor_count(t));
-        if (at < ql_tensor_count(t))
-            status =
-                ql_err_set(err, QL_ERR_FORMAT, "the weight in row %lld, column %lld is not a finite number",
-                           (long long)(at / dense->k) + 1, (long long)(at % dense->k) + 1);
-    }
-    ql_free(copy);
-    return status;
+    int64_t at;
+    QL_TRY(ql_op_find_bad(&dense->data, &at, err));
+    if (at < 0) return QL_OK;
+    return ql_err_set(err, QL_ERR_FORMAT, "the weight in row %lld, column %lld is not a finite number",
+                      (long long)(at / dense->k) + 1, (long long)(at % dense->k) + 1);
 }
 
 ql_status ql_quant_matrix(const ql_matrix *dense, const ql_quant_spec *spec, ql_arena *arena, ql_matrix *out,
@@ -311,13 +330,16 @@ ql_status ql_quant_matrix(const ql_matrix *dense, const ql_quant_spec *spec, ql_
 
     ql_quant_tables tables;
     ql_quant_tables_make(spec->code, &tables);
-    status = alloc_4bit(ql_tensor_device(&dense->data), arena, dense->n, dense->k, q, out, err);
+    ql_device *dev = ql_tensor_device(&dense->data);
+    status = alloc_codes(dev, arena, dense->n, dense->k, q, out, err);
+    if (status == QL_OK) status = alloc_absmax(dev, arena, q, out, err);
     if (status != QL_OK) goto fail;
     status = ql_op_quantize4(&dense->data, spec->block, tables.thresholds, tables.order, tables.zero_code,
                              &out->data, &out->absmax, err);
     if (status != QL_OK) goto fail;
 
-    if (spec->double_quant) status = nest(out, q, err);
+    if (spec->double_quant) status = nest(out, arena, q, err);
+    if (status == QL_OK) status = pack(out, arena, err);
     if (status != QL_OK) goto fail;
     out->bias = ql_tensor_ref(&dense->bias);
     ql_quant_charge(q, arena);
@@ -398,9 +420,16 @@ ql_status ql_quant_load(const ql_checkpoint *ck, const char *name, ql_device *de
         goto fail;
     }
     status = read_scales(ck, &qt, q, absmax, err);
-    if (status == QL_OK) status = alloc_4bit(dev, arena, qt.state.shape[0], qt.state.shape[1], q, out, err);
-    if (status == QL_OK) status = ql_tensor_upload(&out->absmax, absmax, q->blocks * sizeof *absmax, err);
+    if (status == QL_OK) status = alloc_codes(dev, arena, qt.state.shape[0], qt.state.shape[1], q, out, err);
+    if (status != QL_OK) goto fail;
+    if (q->nested && dev->backend->nested_scales) {
+        status = upload_nested(dev, arena, q, out, err);
+    } else {
+        status = alloc_absmax(dev, arena, q, out, err);
+        if (status == QL_OK) status = ql_tensor_upload(&out->absmax, absmax, q->blocks * sizeof *absmax, err);
+    }
     if (status == QL_OK) status = read_tensor(ck, qt.weight, &out->data, err);
+    if (status == QL_OK) status = pack(out, arena, err);
     if (status != QL_OK) goto fail;
     ql_quant_charge(q, arena);
     ql_free(absmax);

@@ -65,7 +65,7 @@ ql_status ql_quant_decode(const ql_matrix *m, float *out /* [OUT] [n, k] */, ql_
 typedef struct {
     int64_t weights, blocks, nested_blocks;
     size_t stored_bytes; /* in a checkpoint: codes, absmax as stored, nested absmax and offset */
-    size_t device_bytes; /* in memory: codes and absmax in F32 */
+    size_t device_bytes; /* in memory: codes and absmax in F32; a device with nested_scales holds less */
     double stored_bits;  /* per weight: 4 + 32/block, or 4 + 8/block + 32/(256 block) when double */
 } ql_quant_size;
 

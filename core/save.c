@@ -143,14 +143,16 @@ static ql_status check_folder(const job *j, bool force, ql_err *err)
 /* --- one tensor ------------------------------------------------------------------------------------------
  */
 
-/* A part of an entry as it will be in the file; `data` is borrowed or, when `tensor` is set, that tensor's.
- */
+/* A part of an entry as it will be in the file; `data` is borrowed or, when `tensor` is set, that tensor's,
+ * or, when `packed` is set, the codes of that matrix in their natural order. */
 typedef struct {
     char name[QL_ST_NAME_MAX];
     ql_dtype dtype;
     int ndim;
     int64_t shape[QL_ST_DIMS];
     const ql_tensor *tensor;
+    const ql_matrix *packed;
+    ql_tensor view; /* what `tensor` may point to; shares no reference */
     const void *data;
     size_t bytes;
 } part;
@@ -173,9 +175,28 @@ static part *add_part(part_list *list, const ql_save_entry *e, const char *suffi
     p->ndim = 1;
     p->shape[0] = (int64_t)(bytes / ql_dtype_size(dtype));
     p->tensor = NULL;
+    p->packed = NULL;
     p->data = data;
     p->bytes = bytes;
     return p;
+}
+
+/* Double-quantized scales: on the device, or on the host. */
+static void list_nested(const ql_save_entry *e, part_list *list)
+{
+    const ql_matrix *m = e->matrix;
+    const ql_quant *q = m->quant;
+    part *absmax = add_part(list, e, ".absmax", QL_U8, q->absmax8, q->blocks);
+    part *nested =
+        add_part(list, e, ".nested_absmax", QL_F32, q->nested_absmax, q->nested_blocks * sizeof(float));
+    if (m->nested.storage) {
+        absmax->tensor = &m->absmax;
+        nested->view = m->nested;
+        nested->view.data = (char *)m->nested.data + 257 * sizeof(float);
+        nested->view.shape[0] = (int64_t)q->nested_blocks;
+        nested->tensor = &nested->view;
+    }
+    add_part(list, e, ".nested_quant_map", QL_F32, q->nested_map, sizeof q->nested_map);
 }
 
 static ql_status list_quantized(const ql_save_entry *e, part_list *list, ql_err *err)
@@ -195,15 +216,13 @@ static ql_status list_quantized(const ql_save_entry *e, part_list *list, ql_err 
 
     part *codes = add_part(list, e, "", QL_U8, NULL, ql_tensor_bytes(&m->data));
     codes->tensor = &m->data;
+    codes->packed = m->layout != 0 ? m : NULL;
     codes->ndim = 2;
     codes->shape[1] = 1;
-    if (q->nested) {
-        add_part(list, e, ".absmax", QL_U8, q->absmax8, q->blocks);
-        add_part(list, e, ".nested_absmax", QL_F32, q->nested_absmax, q->nested_blocks * sizeof(float));
-        add_part(list, e, ".nested_quant_map", QL_F32, q->nested_map, sizeof q->nested_map);
-    } else {
+    if (q->nested)
+        list_nested(e, list);
+    else
         add_part(list, e, ".absmax", QL_F32, NULL, ql_tensor_bytes(&m->absmax))->tensor = &m->absmax;
-    }
     add_part(list, e, ".quant_map", QL_F32, q->code, sizeof q->code);
     add_part(list, e,
              q->scheme[0] == 'n' ? ".quant_state.bitsandbytes__nf4" : ".quant_state.bitsandbytes__fp4", QL_U8,
@@ -223,7 +242,7 @@ static ql_status list_parts(const ql_save_entry *e, part_list *list, ql_err *err
     return QL_OK;
 }
 
-/* Write a part whose bytes are on the device, converted where the file wants another dtype. */
+/* Write a part whose bytes are on the device, converted where the file wants another dtype or order. */
 static ql_status write_tensor(ql_st_writer *w, size_t index, const part *p, ql_err *err)
 {
     ql_tensor converted = {0};
@@ -231,9 +250,11 @@ static ql_status write_tensor(ql_st_writer *w, size_t index, const part *p, ql_e
     void *copy = NULL;
     ql_status status = QL_OK;
     ql_device *dev = ql_tensor_device(t);
-    if (t->dtype != p->dtype) {
+    if (p->packed || t->dtype != p->dtype) {
         status = ql_tensor_new(dev, NULL, QL_MEM_ACTIVATIONS, p->dtype, t->ndim, t->shape, &converted, err);
-        if (status == QL_OK) status = ql_op_convert(t, &converted, err);
+        if (status == QL_OK)
+            status =
+                p->packed ? ql_op_unpack4(p->packed, &converted, err) : ql_op_convert(t, &converted, err);
         if (status != QL_OK) goto fail;
         t = &converted;
     }
