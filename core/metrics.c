@@ -7,85 +7,60 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Logits as the host sees them: borrowed where the device is the CPU, else a copy. */
+/* Logits [rows, cols] that are known to be finite. Borrowed, they stay on their device. */
 typedef struct {
     const ql_tensor *tensor;
-    const float *data; /* [rows, cols] */
-    float *copy;
     int64_t rows, cols;
-} host_view;
+} view;
 
-static void view_close(host_view *v)
+/* One row to the host: out [cols]. */
+static ql_status fetch_row(const view *v, int64_t r, float *out, ql_err *err)
 {
-    ql_free(v->copy);
-    memset(v, 0, sizeof *v);
+    ql_tensor row;
+    QL_TRY(ql_tensor_rows(v->tensor, r, 1, &row, err));
+    ql_status status = ql_tensor_download(&row, out, (size_t)v->cols * sizeof *out, err);
+    ql_tensor_free(&row);
+    return status;
 }
 
-static ql_status check_finite(const host_view *v, const char *what, ql_err *err)
+static ql_status check_finite(const view *v, const char *what, ql_err *err)
 {
-    for (int64_t r = 0; r < v->rows; r++) {
-        const float *row = v->data + r * v->cols;
-        uint32_t bad = 0;
-        for (int64_t j = 0; j < v->cols; j++) bad |= !(fabsf(row[j]) <= 3.40282347e38f);
-        if (!bad) continue;
-        int64_t at = 0;
-        while (isfinite(row[at])) at++;
-        ql_err_set(err, QL_ERR_FORMAT, "row %lld of the %slogits holds %s at token %lld", (long long)r + 1,
-                   what, isnan(row[at]) ? "NaN" : "an infinity", (long long)at);
-        return ql_err_hint(err, "the model's weights are damaged, or its activations overflow: "
-                                "check the checkpoint's checksum");
-    }
-    return QL_OK;
+    int64_t at;
+    QL_TRY(ql_op_find_bad(v->tensor, &at, err));
+    if (at < 0) return QL_OK;
+    float *row = ql_malloc((size_t)v->cols * sizeof *row);
+    if (!row) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for a row of logits");
+    ql_status status = fetch_row(v, at / v->cols, row, err);
+    bool nan = status == QL_OK && isnan(row[at % v->cols]);
+    ql_free(row);
+    if (status != QL_OK) return status;
+    ql_err_set(err, QL_ERR_FORMAT, "row %lld of the %slogits holds %s at token %lld",
+               (long long)(at / v->cols) + 1, what, nan ? "NaN" : "an infinity", (long long)(at % v->cols));
+    return ql_err_hint(err, "the model's weights are damaged, or its activations overflow: "
+                            "check the checkpoint's checksum");
 }
 
 /* `what` is "" or a word and a blank that tells two operands apart. */
-static ql_status view_open(const ql_tensor *t, const char *what, host_view *v, ql_err *err)
+static ql_status view_open(const ql_tensor *t, const char *what, view *v, ql_err *err)
 {
-    memset(v, 0, sizeof *v);
     if (!t || !t->storage || t->dtype != QL_F32 || t->ndim != 2 || t->shape[1] < 1)
         return ql_err_set(err, QL_ERR_ARG, "%slogits must be a float32 tensor [rows, vocabulary]", what);
-    v->tensor = t;
-    v->rows = t->shape[0];
-    v->cols = t->shape[1];
-    ql_device *dev = ql_tensor_device(t);
-    ql_status status = QL_OK;
-    if (dev->backend == &ql_backend_cpu) {
-        status = dev->backend->sync(dev->ctx, err);
-        v->data = t->data;
-    } else {
-        v->copy = ql_malloc(ql_tensor_bytes(t));
-        if (!v->copy) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for a copy of the logits");
-        status = ql_tensor_download(t, v->copy, ql_tensor_bytes(t), err);
-        v->data = v->copy;
-    }
-    if (status == QL_OK) status = check_finite(v, what, err);
-    if (status != QL_OK) view_close(v);
-    return status;
+    *v = (view){t, t->shape[0], t->shape[1]};
+    return check_finite(v, what, err);
 }
 
-static ql_status view_open_pair(const ql_tensor *a, const ql_tensor *b, host_view *va, host_view *vb,
-                                ql_err *err)
+static ql_status view_open_pair(const ql_tensor *a, const ql_tensor *b, view *va, view *vb, ql_err *err)
 {
-    memset(vb, 0, sizeof *vb);
-    ql_status status = view_open(a, "reference ", va, err);
-    if (status == QL_OK) status = view_open(b, "tested ", vb, err);
-    if (status != QL_OK) goto fail;
-    if (va->rows != vb->rows || va->cols != vb->cols) {
-        status = ql_err_set(
-            err, QL_ERR_ARG, "reference logits are [%lld, %lld] but tested logits are [%lld, %lld]",
-            (long long)va->rows, (long long)va->cols, (long long)vb->rows, (long long)vb->cols);
-        goto fail;
-    }
-    return QL_OK;
-fail:
-    view_close(va);
-    view_close(vb);
-    return status;
+    QL_TRY(view_open(a, "reference ", va, err));
+    QL_TRY(view_open(b, "tested ", vb, err));
+    if (va->rows == vb->rows && va->cols == vb->cols) return QL_OK;
+    return ql_err_set(err, QL_ERR_ARG, "reference logits are [%lld, %lld] but tested logits are [%lld, %lld]",
+                      (long long)va->rows, (long long)va->cols, (long long)vb->rows, (long long)vb->cols);
 }
 
 /* The k most likely tokens of every row: ids [rows, k], and their logits where `values` is wanted. The caller
  * frees both by ql_free. */
-static ql_status top_tokens(const host_view *v, int k, int32_t **ids, float **values, ql_err *err)
+static ql_status top_tokens(const view *v, int k, int32_t **ids, float **values, ql_err *err)
 {
     ql_device *dev = ql_tensor_device(v->tensor);
     ql_tensor tv = {0}, ti = {0};
@@ -122,7 +97,7 @@ fail:
 }
 
 /* out[row] = ln sum exp(x / temperature). */
-static ql_status logsumexp(const host_view *v, double temperature, double *out, ql_err *err)
+static ql_status logsumexp(const view *v, double temperature, double *out, ql_err *err)
 {
     ql_tensor t = {0};
     ql_status status =
@@ -133,7 +108,7 @@ static ql_status logsumexp(const host_view *v, double temperature, double *out, 
     return status;
 }
 
-static ql_status logsumexp_new(const host_view *v, double temperature, double **out, ql_err *err)
+static ql_status logsumexp_new(const view *v, double temperature, double **out, ql_err *err)
 {
     *out = ql_calloc((size_t)v->rows, sizeof **out);
     if (!*out) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld rows", (long long)v->rows);
@@ -145,7 +120,7 @@ static ql_status logsumexp_new(const host_view *v, double temperature, double **
     return status;
 }
 
-static ql_status check_targets(const host_view *v, const int32_t *targets, ql_err *err)
+static ql_status check_targets(const view *v, const int32_t *targets, ql_err *err)
 {
     for (int64_t r = 0; r < v->rows; r++) {
         if (targets[r] >= 0 && targets[r] < v->cols) continue;
@@ -153,6 +128,67 @@ static ql_status check_targets(const host_view *v, const int32_t *targets, ql_er
                           (long long)r + 1, (long)targets[r], (long long)v->cols);
     }
     return QL_OK;
+}
+
+/* stats [rows, 3] = ln sum exp(x), entropy, x[target]; targets I32 [rows] on the device, or NULL. */
+static ql_status row_stats(const view *v, const ql_tensor *targets, double *stats, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(v->tensor);
+    ql_tensor all = {0}, found = {0};
+    ql_status status = ql_tensor_new_2d(dev, NULL, QL_MEM_ACTIVATIONS, QL_F64, v->rows, 3, &all, err);
+    if (status == QL_OK)
+        status = ql_tensor_new_2d(dev, NULL, QL_MEM_ACTIVATIONS, QL_I32, v->rows, 2, &found, err);
+    if (status == QL_OK) status = ql_op_row_stats(v->tensor, targets, &all, &found, err);
+    if (status == QL_OK) status = ql_tensor_download(&all, stats, ql_tensor_bytes(&all), err);
+    ql_tensor_free(&all);
+    ql_tensor_free(&found);
+    return status;
+}
+
+static ql_status row_stats_new(const view *v, const ql_tensor *targets, double **stats, ql_err *err)
+{
+    *stats = ql_calloc((size_t)v->rows, 3 * sizeof **stats);
+    if (!*stats) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld rows", (long long)v->rows);
+    return row_stats(v, targets, *stats, err);
+}
+
+/* picked[row] = x[target], on the host. */
+static ql_status gather(const view *v, const ql_tensor *targets, float *picked, ql_err *err)
+{
+    ql_tensor t = {0};
+    QL_TRY(ql_tensor_new_1d(ql_tensor_device(v->tensor), NULL, QL_MEM_ACTIVATIONS, QL_F32, v->rows, &t, err));
+    ql_status status = ql_op_gather_cols(v->tensor, targets, &t, err);
+    if (status == QL_OK) status = ql_tensor_download(&t, picked, ql_tensor_bytes(&t), err);
+    ql_tensor_free(&t);
+    return status;
+}
+
+/* out[row] = ln p(target). A device that reads logits from memory has the whole row's figures in one reading;
+ * on the CPU the entropy among them would cost as much as all else. */
+static ql_status ln_targets(const view *v, const int32_t *targets, double *out, ql_err *err)
+{
+    ql_device *dev = ql_tensor_device(v->tensor);
+    ql_tensor t = {0};
+    double *stats = NULL;
+    float *picked = NULL;
+    ql_status status = ql_tensor_new_1d(dev, NULL, QL_MEM_ACTIVATIONS, QL_I32, v->rows, &t, err);
+    if (status == QL_OK) status = ql_tensor_upload(&t, targets, ql_tensor_bytes(&t), err);
+    if (status != QL_OK) goto fail;
+    if (dev->backend != &ql_backend_cpu) {
+        status = row_stats_new(v, &t, &stats, err);
+        for (int64_t r = 0; r < v->rows && status == QL_OK; r++) out[r] = stats[3 * r + 2] - stats[3 * r];
+    } else {
+        picked = ql_calloc((size_t)v->rows, sizeof *picked);
+        status = picked ? logsumexp(v, 1.0, out, err)
+                        : ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld rows", (long long)v->rows);
+        if (status == QL_OK) status = gather(v, &t, picked, err);
+        for (int64_t r = 0; r < v->rows && status == QL_OK; r++) out[r] = (double)picked[r] - out[r];
+    }
+fail:
+    ql_free(picked);
+    ql_free(stats);
+    ql_tensor_free(&t);
+    return status;
 }
 
 static int by_value(const void *a, const void *b)
@@ -188,7 +224,7 @@ static void prefix_overlaps(const int32_t *a, const int32_t *b, int k, uint64_t 
 ql_status ql_metrics_jaccard(const ql_tensor *a, const ql_tensor *b, const int *ks, int nk, double *out,
                              ql_err *err)
 {
-    host_view va, vb;
+    view va, vb;
     int32_t *ia = NULL, *ib = NULL;
     uint64_t *pairs = NULL;
     int *overlap = NULL;
@@ -224,14 +260,12 @@ fail:
     ql_free(pairs);
     ql_free(ia);
     ql_free(ib);
-    view_close(&va);
-    view_close(&vb);
     return status;
 }
 
 ql_status ql_metrics_agreement(const ql_tensor *a, const ql_tensor *b, uint8_t *out, ql_err *err)
 {
-    host_view va, vb;
+    view va, vb;
     int32_t *ia = NULL, *ib = NULL;
     ql_status status = view_open_pair(a, b, &va, &vb, err);
     if (status != QL_OK) return status;
@@ -242,14 +276,12 @@ ql_status ql_metrics_agreement(const ql_tensor *a, const ql_tensor *b, uint8_t *
 fail:
     ql_free(ia);
     ql_free(ib);
-    view_close(&va);
-    view_close(&vb);
     return status;
 }
 
 ql_status ql_metrics_kl(const ql_tensor *a, const ql_tensor *b, double *out, ql_err *err)
 {
-    host_view va, vb;
+    view va, vb;
     ql_tensor t = {0};
     ql_status status = view_open_pair(a, b, &va, &vb, err);
     if (status != QL_OK) return status;
@@ -257,31 +289,21 @@ ql_status ql_metrics_kl(const ql_tensor *a, const ql_tensor *b, double *out, ql_
     if (status == QL_OK) status = ql_op_kl(a, b, &t, err);
     if (status == QL_OK) status = ql_tensor_download(&t, out, ql_tensor_bytes(&t), err);
     ql_tensor_free(&t);
-    view_close(&va);
-    view_close(&vb);
     return status;
 }
 
 ql_status ql_metrics_delta_p(const ql_tensor *a, const ql_tensor *b, const int32_t *targets, double *out,
                              ql_err *err)
 {
-    host_view va, vb;
-    double *la = NULL, *lb = NULL;
-    ql_status status = view_open_pair(a, b, &va, &vb, err);
-    if (status != QL_OK) return status;
-    status = check_targets(&va, targets, err);
-    if (status == QL_OK) status = logsumexp_new(&va, 1.0, &la, err);
-    if (status == QL_OK) status = logsumexp_new(&vb, 1.0, &lb, err);
-    if (status != QL_OK) goto fail;
-    for (int64_t r = 0; r < va.rows; r++) {
-        int64_t at = r * va.cols + targets[r];
-        out[r] = exp((double)vb.data[at] - lb[r]) - exp((double)va.data[at] - la[r]);
-    }
-fail:
-    ql_free(la);
-    ql_free(lb);
-    view_close(&va);
-    view_close(&vb);
+    view va, vb;
+    QL_TRY(view_open_pair(a, b, &va, &vb, err));
+    QL_TRY(check_targets(&va, targets, err));
+    double *reference = ql_calloc((size_t)va.rows, sizeof *reference);
+    if (!reference) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld rows", (long long)va.rows);
+    ql_status status = ln_targets(&va, targets, reference, err);
+    if (status == QL_OK) status = ln_targets(&vb, targets, out, err);
+    for (int64_t r = 0; r < va.rows && status == QL_OK; r++) out[r] = exp(out[r]) - exp(reference[r]);
+    ql_free(reference);
     return status;
 }
 
@@ -290,12 +312,13 @@ fail:
 
 /* One model's nuclei, row by row. `sorted` [cols] is there once a row has needed it. */
 typedef struct {
-    const host_view *view;
+    const view *view;
     int top;
     int32_t *ids;  /* [rows, top] */
     float *values; /* [rows, top] */
     double *lse;   /* [rows] */
     uint64_t *sorted;
+    float *row;        /* [cols], with `sorted` */
     uint32_t *nucleus; /* [cols]: ids of the row at hand, ascending */
     int64_t size;
 } nuclei;
@@ -306,11 +329,12 @@ static void nuclei_close(nuclei *n)
     ql_free(n->values);
     ql_free(n->lse);
     ql_free(n->sorted);
+    ql_free(n->row);
     ql_free(n->nucleus);
     memset(n, 0, sizeof *n);
 }
 
-static ql_status nuclei_open(const host_view *v, double temperature, nuclei *n, ql_err *err)
+static ql_status nuclei_open(const view *v, double temperature, nuclei *n, ql_err *err)
 {
     n->view = v;
     n->top = v->cols < NUCLEUS_TOP ? (int)v->cols : NUCLEUS_TOP;
@@ -338,8 +362,7 @@ static int by_id(const void *a, const void *b)
 
 static ql_status nuclei_row(nuclei *n, int64_t r, double top_p, double temperature, ql_err *err)
 {
-    const host_view *v = n->view;
-    const float *row = v->data + r * v->cols;
+    const view *v = n->view;
     double mass = 0;
     int64_t size = 0;
     for (; size < n->top && mass < top_p; size++) {
@@ -348,8 +371,11 @@ static ql_status nuclei_row(nuclei *n, int64_t r, double top_p, double temperatu
     }
     if (mass < top_p && size < v->cols) {
         if (!n->sorted) n->sorted = ql_calloc((size_t)v->cols, sizeof *n->sorted);
-        if (!n->sorted)
+        if (!n->row) n->row = ql_calloc((size_t)v->cols, sizeof *n->row);
+        if (!n->sorted || !n->row)
             return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld tokens", (long long)v->cols);
+        QL_TRY(fetch_row(v, r, n->row, err));
+        const float *row = n->row;
         for (int64_t j = 0; j < v->cols; j++) n->sorted[j] = (uint64_t)descending(row[j]) << 32 | (uint32_t)j;
         qsort(n->sorted, (size_t)v->cols, sizeof *n->sorted, by_value);
         for (; size < v->cols && mass < top_p; size++) {
@@ -381,7 +407,7 @@ ql_status ql_metrics_nucleus(const ql_tensor *a, const ql_tensor *b, double top_
     if (!(top_p > 0 && top_p <= 1)) return ql_err_set(err, QL_ERR_ARG, "top_p %g is outside (0, 1]", top_p);
     if (!(temperature > 0) || !isfinite(temperature))
         return ql_err_set(err, QL_ERR_ARG, "temperature %g is not a finite number above 0", temperature);
-    host_view va, vb;
+    view va, vb;
     nuclei na = {0}, nb = {0};
     ql_status status = view_open_pair(a, b, &va, &vb, err);
     if (status != QL_OK) return status;
@@ -399,51 +425,30 @@ ql_status ql_metrics_nucleus(const ql_tensor *a, const ql_tensor *b, double top_
 fail:
     nuclei_close(&na);
     nuclei_close(&nb);
-    view_close(&va);
-    view_close(&vb);
     return status;
 }
 
 ql_status ql_metrics_loglik(const ql_tensor *a, const int32_t *targets, double *out, uint8_t *greedy,
                             ql_err *err)
 {
-    host_view v;
-    double *lse = NULL;
+    view v;
     int32_t *best = NULL;
-    ql_status status = view_open(a, "", &v, err);
-    if (status != QL_OK) return status;
-    status = check_targets(&v, targets, err);
-    if (status == QL_OK) status = logsumexp_new(&v, 1.0, &lse, err);
+    QL_TRY(view_open(a, "", &v, err));
+    QL_TRY(check_targets(&v, targets, err));
+    ql_status status = ln_targets(&v, targets, out, err);
     if (status == QL_OK && greedy) status = top_tokens(&v, 1, &best, NULL, err);
-    if (status != QL_OK) goto fail;
-    for (int64_t r = 0; r < v.rows; r++) {
-        out[r] = (double)v.data[r * v.cols + targets[r]] - lse[r];
-        if (greedy) greedy[r] = best[r] == targets[r];
-    }
-fail:
-    ql_free(lse);
+    for (int64_t r = 0; r < v.rows && greedy && status == QL_OK; r++) greedy[r] = best[r] == targets[r];
     ql_free(best);
-    view_close(&v);
     return status;
 }
 
 ql_status ql_metrics_entropy(const ql_tensor *a, double *out, ql_err *err)
 {
-    host_view v;
-    ql_status status = view_open(a, "", &v, err);
-    if (status != QL_OK) return status;
-    status = logsumexp(&v, 1.0, out, err);
-    if (status != QL_OK) goto fail;
-    for (int64_t r = 0; r < v.rows; r++) {
-        const float *row = v.data + r * v.cols;
-        double sum = 0;
-        for (int64_t j = 0; j < v.cols; j++) {
-            double lnp = (double)row[j] - out[r];
-            sum -= exp(lnp) * lnp;
-        }
-        out[r] = sum;
-    }
-fail:
-    view_close(&v);
+    view v;
+    double *stats = NULL;
+    QL_TRY(view_open(a, "", &v, err));
+    ql_status status = row_stats_new(&v, NULL, &stats, err);
+    for (int64_t r = 0; r < v.rows && status == QL_OK; r++) out[r] = stats[3 * r + 1];
+    ql_free(stats);
     return status;
 }

@@ -231,49 +231,25 @@ ql_status ql_weights_load(ql_device *dev, ql_arena *arena, const ql_checkpoint *
 /* --- random weights --------------------------------------------------------------------------------------
  */
 
-static uint64_t splitmix(uint64_t *state)
-{
-    uint64_t z = (*state += UINT64_C(0x9e3779b97f4a7c15));
-    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
-    return z ^ (z >> 31);
-}
+/* The numbers of a model are one stream: `drawn` counts those that earlier matrices took. */
+typedef struct {
+    ql_device *dev;
+    ql_arena *arena;
+    ql_dtype dtype;
+    uint64_t seed, drawn;
+    ql_quant_policy policy; /* may be NULL */
+    void *ud;
+} generator;
 
-/* Near normal, mean 0, sd 0.02: the sum of four uniforms (Irwin-Hall), one 64-bit draw a weight. */
-static float near_normal(uint64_t *state)
-{
-    uint64_t r = splitmix(state);
-    int sum = (int)(r & 0xffff) + (int)(r >> 16 & 0xffff) + (int)(r >> 32 & 0xffff) + (int)(r >> 48);
-    return (float)(sum - 2 * 65535) * (float)(0.02 / (65536 * 0.57735026918962576));
-}
-
-static ql_status random_dense(ql_device *dev, ql_arena *arena, int64_t n, int64_t k, ql_dtype dtype,
-                              uint64_t *state, ql_matrix *out, ql_err *err)
+static ql_status random_dense(generator *g, int64_t n, int64_t k, ql_matrix *out, ql_err *err)
 {
     memset(out, 0, sizeof *out);
-    enum { ROWS_BYTES = 1 << 20 };
-    int64_t step = ROWS_BYTES / (k * (int64_t)sizeof(float));
-    if (step < 1) step = 1;
-    ql_tensor rows = {0}, view = {0}, part = {0};
-    float *host = ql_malloc((size_t)(step * k) * sizeof *host);
-    ql_status status = host ? QL_OK : ql_err_set(err, QL_ERR_MEMORY, "out of memory");
-    if (status == QL_OK) status = ql_tensor_new_2d(dev, arena, QL_MEM_WEIGHTS, dtype, n, k, &out->data, err);
-    if (status == QL_OK) status = ql_tensor_new_2d(dev, NULL, QL_MEM_WEIGHTS, QL_F32, step, k, &rows, err);
-    for (int64_t first = 0; first < n && status == QL_OK; first += step) {
-        int64_t count = n - first < step ? n - first : step;
-        for (int64_t i = 0; i < count * k; i++) host[i] = near_normal(state);
-        status = ql_tensor_rows(&rows, 0, count, &part, err);
-        if (status == QL_OK) status = ql_tensor_rows(&out->data, first, count, &view, err);
-        if (status == QL_OK) status = ql_tensor_upload(&part, host, (size_t)(count * k) * sizeof *host, err);
-        if (status == QL_OK) status = ql_op_convert(&part, &view, err);
-        ql_tensor_free(&part);
-        ql_tensor_free(&view);
-    }
-    ql_tensor_free(&rows);
-    ql_free(host);
     out->n = n;
     out->k = k;
-    out->dtype = dtype;
+    out->dtype = g->dtype;
+    QL_TRY(ql_tensor_new_2d(g->dev, g->arena, QL_MEM_WEIGHTS, g->dtype, n, k, &out->data, err));
+    ql_status status = ql_op_random(g->seed, g->drawn, &out->data, err);
+    g->drawn += (uint64_t)(n * k);
     if (status != QL_OK) ql_matrix_free(out);
     return status;
 }
@@ -303,26 +279,52 @@ static ql_status apply_policy(const ql_matrix *dense, const char *name, ql_arena
     return status;
 }
 
-static ql_status random_vector(ql_device *dev, ql_arena *arena, int64_t n, ql_tensor *out, ql_err *err)
+/* Norms and biases: ones. */
+static ql_status random_vector(const generator *g, int64_t n, ql_tensor *out, ql_err *err)
 {
     float *host = ql_malloc((size_t)n * sizeof *host);
     if (!host) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
     for (int64_t i = 0; i < n; i++) host[i] = 1.0f;
-    ql_status status = ql_tensor_new_1d(dev, arena, QL_MEM_WEIGHTS, QL_F32, n, out, err);
+    ql_status status = ql_tensor_new_1d(g->dev, g->arena, QL_MEM_WEIGHTS, QL_F32, n, out, err);
     if (status == QL_OK) status = ql_tensor_upload(out, host, (size_t)n * sizeof *host, err);
     ql_free(host);
     return status;
 }
 
-static ql_status random_linear(ql_device *dev, ql_arena *arena, int64_t n, int64_t k, ql_dtype dtype,
-                               const char *name, ql_quant_policy policy, void *ud, uint64_t *state,
-                               ql_matrix *out, ql_err *err)
+static ql_status random_linear(generator *g, int64_t n, int64_t k, const char *name, ql_matrix *out,
+                               ql_err *err)
 {
     ql_matrix dense;
-    QL_TRY(random_dense(dev, arena, n, k, dtype, state, &dense, err));
-    ql_status status = apply_policy(&dense, name, arena, policy, ud, out, err);
+    QL_TRY(random_dense(g, n, k, &dense, err));
+    ql_status status = apply_policy(&dense, name, g->arena, g->policy, g->ud, out, err);
     ql_matrix_free(&dense);
     return status;
+}
+
+static ql_status random_layer(generator *g, const ql_config *c, int64_t i, ql_layer *layer, ql_err *err)
+{
+    QL_TRY(random_vector(g, c->hidden, &layer->input_norm, err));
+    QL_TRY(random_vector(g, c->hidden, &layer->post_norm, err));
+    for (int kind = 0; kind < QL_LINEARS; kind++) {
+        char name[64];
+        int64_t n, k;
+        ql_linear_shape(c, kind, &n, &k);
+        QL_TRY(random_linear(g, n, k, ql_linear_name(i, kind, name), &layer->linear[kind], err));
+        if (has_bias(c, kind)) QL_TRY(random_vector(g, n, &layer->linear[kind].bias, err));
+    }
+    return QL_OK;
+}
+
+static ql_status random_all(generator *g, const ql_config *c, ql_weights *w, ql_err *err)
+{
+    QL_TRY(random_dense(g, c->vocab, c->hidden, &w->embed, err));
+    QL_TRY(random_vector(g, c->hidden, &w->norm, err));
+    if (c->tie_embeddings)
+        w->lm_head = ql_matrix_ref(&w->embed);
+    else
+        QL_TRY(random_linear(g, c->vocab, c->hidden, "lm_head", &w->lm_head, err));
+    for (int64_t i = 0; i < c->layers; i++) QL_TRY(random_layer(g, c, i, &w->layer[i], err));
+    return QL_OK;
 }
 
 ql_status ql_weights_random(ql_device *dev, ql_arena *arena, const ql_config *c, ql_dtype dtype,
@@ -330,28 +332,8 @@ ql_status ql_weights_random(ql_device *dev, ql_arena *arena, const ql_config *c,
 {
     QL_TRY(weights_new(c->layers, out, err));
     out->dtype = out->norm_dtype = out->bias_dtype = dtype;
-    uint64_t state = seed;
-    ql_status status = random_dense(dev, arena, c->vocab, c->hidden, dtype, &state, &out->embed, err);
-    if (status == QL_OK) status = random_vector(dev, arena, c->hidden, &out->norm, err);
-    if (status == QL_OK && c->tie_embeddings)
-        out->lm_head = ql_matrix_ref(&out->embed);
-    else if (status == QL_OK)
-        status = random_linear(dev, arena, c->vocab, c->hidden, dtype, "lm_head", policy, ud, &state,
-                               &out->lm_head, err);
-    for (int64_t i = 0; i < c->layers && status == QL_OK; i++) {
-        ql_layer *layer = &out->layer[i];
-        status = random_vector(dev, arena, c->hidden, &layer->input_norm, err);
-        if (status == QL_OK) status = random_vector(dev, arena, c->hidden, &layer->post_norm, err);
-        for (int kind = 0; kind < QL_LINEARS && status == QL_OK; kind++) {
-            char name[64];
-            int64_t n, k;
-            ql_linear_shape(c, kind, &n, &k);
-            status = random_linear(dev, arena, n, k, dtype, ql_linear_name(i, kind, name), policy, ud, &state,
-                                   &layer->linear[kind], err);
-            if (status == QL_OK && has_bias(c, kind))
-                status = random_vector(dev, arena, n, &layer->linear[kind].bias, err);
-        }
-    }
+    generator g = {dev, arena, dtype, seed, 0, policy, ud};
+    ql_status status = random_all(&g, c, out, err);
     if (status != QL_OK) ql_weights_free(out);
     return status;
 }
