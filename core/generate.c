@@ -2,6 +2,7 @@
 
 #include "clock.h"
 #include "mem.h"
+#include "ops.h"
 
 #include <string.h>
 
@@ -13,7 +14,10 @@ typedef struct {
     ql_kvcache cache;
     ql_sampler *sampler;
     ql_tensor logits;
-    float *host;      /* [rows, vocab] */
+    int64_t k;        /* logits a row that a draw takes from the device; 0: all of them */
+    ql_tensor best;   /* U8 on the device: what draw_best takes, one row after the other by kind */
+    char *best_host;  /* the same */
+    float *host;      /* [rows, vocab], or one row where k > 0 */
     int active;       /* rows still running */
     int32_t *seq;     /* [active] sequence (= row) numbers */
     int32_t *ids;     /* [prompt tokens], later [active] */
@@ -53,25 +57,125 @@ static bool take(run *r, int row, int32_t id)
     return true;
 }
 
-/* Draw one token for every active row from the logits at hand; rows that end leave the batch. */
-static ql_status draw(run *r, ql_err *err)
+/* The row whose logits are the i-th at hand draws `id`; rows that end leave the batch. */
+static void advance(run *r, int i, int32_t id, int *kept)
+{
+    int row = r->seq[i];
+    if (!take(r, row, id)) return;
+    r->seq[*kept] = row;
+    r->ids[(*kept)++] = id;
+}
+
+static uint64_t stream_of(const run *r, int row)
+{
+    return r->streams ? r->streams[row] : (uint64_t)row;
+}
+
+static ql_status pick(run *r, int row, const float *logits, int32_t *id, ql_err *err)
+{
+    return ql_sampler_pick(r->sampler, &r->options->sampling, logits, r->m->config.vocab, stream_of(r, row),
+                           (uint64_t)r->out->counts[row], id, err);
+}
+
+/* From whole rows. */
+static ql_status draw_rows(run *r, int *kept, ql_err *err)
 {
     int64_t vocab = r->m->config.vocab;
-    ql_status status =
-        ql_tensor_download(&r->logits, r->host, (size_t)(r->active * vocab) * sizeof *r->host, err);
-    int kept = 0;
-    for (int i = 0; i < r->active && status == QL_OK; i++) {
+    QL_TRY(ql_tensor_download(&r->logits, r->host, (size_t)(r->active * vocab) * sizeof *r->host, err));
+    for (int i = 0; i < r->active; i++) {
+        int32_t id;
+        QL_TRY(pick(r, r->seq[i], r->host + i * vocab, &id, err));
+        advance(r, i, id, kept);
+    }
+    return QL_OK;
+}
+
+/* A part of `best`, which holds the reference. */
+static ql_tensor part_of(const ql_tensor *best, size_t at, ql_dtype dtype, int ndim, int64_t rows,
+                         int64_t cols)
+{
+    ql_tensor t = *best;
+    t.data = (char *)best->data + at;
+    t.dtype = dtype;
+    t.ndim = ndim;
+    t.shape[0] = rows;
+    t.shape[1] = cols;
+    return t;
+}
+
+/* Where the parts of `best` start, for `rows` rows: each as aligned as a tensor of its own. */
+typedef struct {
+    size_t values, ids, end; /* the logsumexps lie at 0 */
+} best_layout;
+
+static best_layout best_parts(int64_t rows, int64_t k)
+{
+    const size_t n = (size_t)rows, align = 64;
+    best_layout l;
+    l.values = (n * sizeof(double) + align - 1) / align * align;
+    l.ids = l.values + (n * (size_t)k * sizeof(float) + align - 1) / align * align;
+    l.end = l.ids + n * (size_t)k * sizeof(int32_t);
+    return l;
+}
+
+/* From the k largest logits of each row and the logsumexp of all: one copy, so the device is waited for once.
+ * A row that these do not settle follows alone. */
+static ql_status draw_best(run *r, int *kept, ql_err *err)
+{
+    const int64_t n = r->active, k = r->k, vocab = r->m->config.vocab;
+    const ql_sampling *sampling = &r->options->sampling;
+    const best_layout at = best_parts(n, k);
+    const double *lse_host = (const void *)r->best_host;
+    const float *values_host = (const void *)(r->best_host + at.values);
+    const int32_t *ids_host = (const void *)(r->best_host + at.ids);
+    ql_tensor lse = part_of(&r->best, 0, QL_F64, 1, n, 0);
+    ql_tensor values = part_of(&r->best, at.values, QL_F32, 2, n, k);
+    ql_tensor ids = part_of(&r->best, at.ids, QL_I32, 2, n, k);
+    ql_tensor used = part_of(&r->best, 0, QL_U8, 1, (int64_t)at.end, 0);
+    QL_TRY(ql_op_logsumexp(&r->logits, ql_sampler_temperature(sampling), &lse, err));
+    QL_TRY(ql_op_topk(&r->logits, (int)k, &values, &ids, err));
+    QL_TRY(ql_tensor_download(&used, r->best_host, at.end, err));
+    for (int i = 0; i < n; i++) {
         int row = r->seq[i];
         int32_t id;
-        uint64_t stream = r->streams ? r->streams[row] : (uint64_t)row;
-        status = ql_sampler_pick(r->sampler, &r->options->sampling, r->host + i * vocab, vocab, stream,
-                                 (uint64_t)r->out->counts[row], &id, err);
-        if (status != QL_OK || !take(r, row, id)) continue;
-        r->seq[kept] = row;
-        r->ids[kept++] = id;
+        QL_TRY(ql_sampler_pick_top(r->sampler, sampling, values_host + i * k, ids_host + i * k, k, vocab,
+                                   lse_host[i], stream_of(r, row), (uint64_t)r->out->counts[row], &id, err));
+        if (id < 0) {
+            ql_tensor whole;
+            QL_TRY(ql_tensor_rows(&r->logits, i, 1, &whole, err));
+            ql_status status = ql_tensor_download(&whole, r->host, (size_t)vocab * sizeof *r->host, err);
+            ql_tensor_free(&whole);
+            if (status == QL_OK) status = pick(r, row, r->host, &id, err);
+            if (status != QL_OK) return status;
+        }
+        advance(r, i, id, kept);
     }
+    return QL_OK;
+}
+
+/* Draw one token for every active row from the logits at hand. */
+static ql_status draw(run *r, ql_err *err)
+{
+    int kept = 0;
+    ql_status status = r->k > 0 ? draw_best(r, &kept, err) : draw_rows(r, &kept, err);
     r->active = kept;
     return status;
+}
+
+/* Room for draws. Logits that lie far away stay there where their best suffice. */
+static ql_status prepare_draws(run *r, int rows, ql_err *err)
+{
+    const int64_t vocab = r->m->config.vocab;
+    ql_device *dev = r->m->device;
+    if (dev->backend != &ql_backend_cpu) r->k = ql_sampler_candidates(&r->options->sampling, vocab);
+    r->host = ql_malloc((size_t)(r->k > 0 ? 1 : rows) * (size_t)vocab * sizeof *r->host);
+    if (!r->host) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for a batch of %d rows", rows);
+    QL_TRY(ql_sampler_new(vocab, &r->sampler, err));
+    if (r->k == 0) return QL_OK;
+    r->best_host = ql_malloc(best_parts(rows, r->k).end);
+    if (!r->best_host) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for a batch of %d rows", rows);
+    return ql_tensor_new_1d(dev, r->m->arena, QL_MEM_ACTIVATIONS, QL_U8, (int64_t)best_parts(rows, r->k).end,
+                            &r->best, err);
 }
 
 static ql_status prepare(run *r, int rows, const int32_t *const *prompts, const int32_t *lengths, ql_err *err)
@@ -92,9 +196,7 @@ static ql_status prepare(run *r, int rows, const int32_t *const *prompts, const 
     r->lengths = ql_malloc(n * sizeof *r->lengths);
     r->outputs = ql_malloc(n * sizeof *r->outputs);
     r->ids = ql_malloc((total > n ? total : n) * sizeof *r->ids);
-    r->host = ql_malloc(n * (size_t)r->m->config.vocab * sizeof *r->host);
-    if (!out->ids || !out->counts || !out->stops || !r->seq || !r->lengths || !r->outputs || !r->ids ||
-        !r->host)
+    if (!out->ids || !out->counts || !out->stops || !r->seq || !r->lengths || !r->outputs || !r->ids)
         return ql_err_set(err, QL_ERR_MEMORY, "out of memory for a batch of %d rows", rows);
     out->rows = rows;
     out->prompt_tokens = (int64_t)total;
@@ -113,7 +215,7 @@ static ql_status prepare(run *r, int rows, const int32_t *const *prompts, const 
         at += lengths[i] > 0 ? (size_t)lengths[i] : 0;
     }
     r->active = rows;
-    status = ql_sampler_new(r->m->config.vocab, &r->sampler, err);
+    status = prepare_draws(r, rows, err);
     if (status == QL_OK) status = ql_llama_cache(r->m, rows, r->lengths, &r->cache, err);
     if (status == QL_OK) memcpy(r->lengths, lengths, n * sizeof *lengths);
     return status;
@@ -156,6 +258,8 @@ ql_status ql_generate(ql_llama *m, int rows, const int32_t *const *prompts, cons
     ql_kvcache_free(&r.cache);
     ql_sampler_free(r.sampler);
     ql_tensor_free(&r.logits);
+    ql_tensor_free(&r.best);
+    ql_free(r.best_host);
     ql_free(r.host);
     ql_free(r.seq);
     ql_free(r.ids);

@@ -3,7 +3,6 @@
 #include "mem.h"
 
 #include <math.h>
-#include <stdbool.h>
 #include <stdlib.h>
 
 typedef struct {
@@ -52,6 +51,11 @@ void ql_sampler_free(ql_sampler *s)
     ql_free(s->candidates);
     ql_free(s->weights);
     ql_free(s);
+}
+
+static bool is_greedy(const ql_sampling *sampling)
+{
+    return sampling->temperature == 0 || sampling->top_k == 1;
 }
 
 /* Finaliser of SplitMix64 (Steele, Lea & Flood 2014): every output bit depends on every input bit. */
@@ -141,6 +145,20 @@ static int64_t nucleus(ql_sampler *s, int64_t n, double total, double top_p, dou
     return kept;
 }
 
+/* The candidate, of n with their weights and their sum, that the counter's number falls on. */
+static int32_t draw(const ql_sampler *s, int64_t n, double total, const ql_sampling *sampling,
+                    uint64_t stream, uint64_t step)
+{
+    double target = ql_sampler_uniform(sampling->seed, stream, step) * total, sum = 0;
+    int64_t last = 0; /* a draw at the very end of the sum belongs to the last token that has any mass */
+    for (int64_t i = 0; i < n; i++) {
+        if (s->weights[i] > 0) last = i;
+        sum += s->weights[i];
+        if (sum > target) break;
+    }
+    return s->candidates[last].id;
+}
+
 ql_status ql_sampler_pick(ql_sampler *s, const ql_sampling *sampling, const float *logits, int64_t vocab,
                           uint64_t stream, uint64_t step, int32_t *id, ql_err *err)
 {
@@ -155,7 +173,7 @@ ql_status ql_sampler_pick(ql_sampler *s, const ql_sampling *sampling, const floa
     if (status != QL_OK) return status;
     *id = (int32_t)best;
     double t = sampling->temperature;
-    if (t == 0 || sampling->top_k == 1) return QL_OK;
+    if (is_greedy(sampling)) return QL_OK;
 
     float top = logits[best];
     int64_t n = 0;
@@ -188,13 +206,78 @@ ql_status ql_sampler_pick(ql_sampler *s, const ql_sampling *sampling, const floa
         n = nucleus(s, n, total, sampling->top_p, &total);
     }
 
-    double target = ql_sampler_uniform(sampling->seed, stream, step) * total, sum = 0;
-    int64_t last = 0; /* a draw at the very end of the sum belongs to the last token that has any mass */
-    for (int64_t i = 0; i < n; i++) {
-        if (s->weights[i] > 0) last = i;
-        sum += s->weights[i];
-        if (sum > target) break;
+    *id = draw(s, n, total, sampling, stream, step);
+    return QL_OK;
+}
+
+/* Candidates asked for when top_p alone says how many matter. */
+#define NUCLEUS_TOP 1024
+
+/* top_k tokens and the next one: it tells whether there are more than top_k that can be drawn. */
+static bool is_cut(const ql_sampling *sampling, int64_t vocab)
+{
+    return sampling->top_k > 0 && sampling->top_k < vocab;
+}
+
+int64_t ql_sampler_candidates(const ql_sampling *sampling, int64_t vocab)
+{
+    if (is_greedy(sampling)) return 1;
+    if (is_cut(sampling, vocab)) return sampling->top_k + 1;
+    if (sampling->top_p == 1) return 0;
+    return vocab < NUCLEUS_TOP ? vocab : NUCLEUS_TOP;
+}
+
+double ql_sampler_temperature(const ql_sampling *sampling)
+{
+    return sampling->temperature > 0 ? sampling->temperature : 1;
+}
+
+/* As `nucleus`, where `total` is known but for rounding: 0 when the n end first, or when the sum comes within
+ * `margin` of the bound, relative to it. */
+static int64_t sure_nucleus(const ql_sampler *s, int64_t n, double total, double top_p, double margin,
+                            double *mass)
+{
+    double bound = top_p * total, sum = 0;
+    for (int64_t kept = 0; kept < n;) {
+        sum += s->weights[kept++];
+        if (fabs(sum - bound) <= margin * bound) return 0;
+        if (sum < bound) continue;
+        *mass = sum;
+        return kept;
     }
-    *id = s->candidates[last].id;
+    return 0;
+}
+
+ql_status ql_sampler_pick_top(ql_sampler *s, const ql_sampling *sampling, const float *values,
+                              const int32_t *ids, int64_t k, int64_t vocab, double lse, uint64_t stream,
+                              uint64_t step, int32_t *id, ql_err *err)
+{
+    *id = -1;
+    QL_TRY(ql_sampling_check(sampling, err));
+    if (vocab < 1 || vocab > s->capacity || k < 1 || k != ql_sampler_candidates(sampling, vocab))
+        return ql_err_set(err, QL_ERR_ARG, "%lld of %lld logits do not fit a sampler made for %lld",
+                          (long long)k, (long long)vocab, (long long)s->capacity);
+    if (!isfinite(lse) || !isfinite(values[0])) return QL_OK;
+    if (is_greedy(sampling)) {
+        *id = ids[0];
+        return QL_OK;
+    }
+    bool cut = is_cut(sampling, vocab);
+    if (cut && isinf(values[k - 1])) return QL_OK; /* no more than top_k: picked in the order of ids */
+    int64_t n = cut ? k - 1 : k;
+    double t = sampling->temperature, total = 0;
+    for (int64_t i = 0; i < n; i++) {
+        s->candidates[i] = (candidate){values[i], ids[i]};
+        total += s->weights[i] = weight(values[i], values[0], t);
+    }
+    if (sampling->top_p < 1 && cut) {
+        n = nucleus(s, n, total, sampling->top_p, &total);
+    } else if (sampling->top_p < 1) {
+        /* Either total is a sum of up to 2^17 numbers, each addition off by 2^-53: 1.5e-11 at most, beside
+         * the rounding of lse itself. */
+        double rest = exp(lse - (double)values[0] / t);
+        n = sure_nucleus(s, n, rest, sampling->top_p, 1e-10 * (1 + fabs(lse)), &total);
+    }
+    if (n > 0) *id = draw(s, n, total, sampling, stream, step);
     return QL_OK;
 }

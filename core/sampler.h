@@ -1,4 +1,4 @@
-/* Picking the next token from one row of logits on the host.
+/* Picking the next token from one row of logits on the host, or from the best of a row that stays elsewhere.
  *
  * Order as in transformers' generate: temperature, then top-k, then top-p, then one draw. The draw comes from
  * a counter, not from a state: (seed, stream, step) alone decide it, so that a sequence draws the same
@@ -10,6 +10,7 @@
 
 #include "err.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 typedef struct {
@@ -32,6 +33,22 @@ void ql_sampler_free(ql_sampler *sampler); /* NULL is ignored */
 ql_status ql_sampler_pick(ql_sampler *sampler, const ql_sampling *sampling, const float *logits /* [vocab] */,
                           int64_t vocab, uint64_t stream, uint64_t step, int32_t *id /* [OUT] */,
                           ql_err *err);
+
+/* The same choice from the largest logits of a row that lies on a device.
+ *
+ * ql_sampler_candidates: how many of them it takes, or 0 when only the whole row will do (no top_k and no
+ * top_p). ql_sampler_temperature: the temperature of the logsumexp that goes with them. */
+int64_t ql_sampler_candidates(const ql_sampling *sampling, int64_t vocab);
+double ql_sampler_temperature(const ql_sampling *sampling);
+
+/* `values` and `ids`: the k largest logits, largest first, ties to the lower id, k as ql_sampler_candidates
+ * says; lse = ln sum exp(x / temperature) of the whole row, NaN or infinite when a logit is NaN or +infinity
+ * or all are -infinity. *id is what ql_sampler_pick picks from the row; or -1, when that cannot be told from
+ * these (a nucleus beyond the k, a mass within rounding of top_p) or the row has a bad logit: then the row
+ * goes to ql_sampler_pick. */
+ql_status ql_sampler_pick_top(ql_sampler *sampler, const ql_sampling *sampling, const float *values /* [k] */,
+                              const int32_t *ids /* [k] */, int64_t k, int64_t vocab, double lse,
+                              uint64_t stream, uint64_t step, int32_t *id /* [OUT] */, ql_err *err);
 
 /* Uniform in [0, 1) with 53 bits, a pure function of its arguments. */
 double ql_sampler_uniform(uint64_t seed, uint64_t stream, uint64_t step);
