@@ -2,6 +2,7 @@
 --- Runs the Lua specs in this interpreter: `build/qlua tests/run_specs.lua [text ...]`.
 --- With arguments only files whose name contains one of the texts. Failures are shown as they come; the last
 --- line is `specs: N passed, N failed, N skipped`. Exit code 1 after a failure or when nothing ran.
+--- QLUA_TEST_DEVICE=<name> has the models run there; where it cannot be opened, the run is one skipped test.
 
 local lfs = require "lfs"
 
@@ -11,6 +12,17 @@ local root = arg[0]:match("^(.*)/[^/]*$") or "."
 assert(lfs.chdir(root .. "/.."))
 -- specs that start a qlua of their own take this one
 local binary = os.getenv("QLUA") or lfs.symlinkattributes("/proc/self/exe", "target") or arg[-1]
+
+local device_name <const> = os.getenv "QLUA_TEST_DEVICE"
+if device_name then
+  local device, why = require("qlua").device(device_name)
+  if not device then
+    print(("  skipped, no device '%s': %s"):format(device_name, why.message))
+    print "specs: 0 passed, 0 failed, 1 skipped"
+    os.exit(0, true)
+  end
+  device:close()
+end
 
 local function chosen(name)
   if #arg == 0 then return true end

@@ -6,6 +6,8 @@ local support = require "tests.specs.support"
 local LOGITS <const> = 1e-4 -- largest difference of float32 logits
 local LAYER <const> = 1e-5  -- largest difference of a layer's output, in units of its root mean square
 local RATIO <const> = 1.1   -- our 16-bit error in units of transformers' own
+-- with activations in 16 bits: rms difference of a layer's output, in units of its root mean square
+local ROUNDED <const> = { bf16 = 1e-2, f16 = 2e-3 }
 
 -- outputs of one layer in the order in which they arise
 local PARTS <const> = { "input_norm", "q", "k", "attn", "post_norm", "mlp", "out" }
@@ -20,6 +22,29 @@ end
 
 local function facts_of(name)
   return support.json(support.MODELS .. name .. "/golden.json")
+end
+
+--- Greedy tokens: those of transformers in float32. Where activations are rounded, a close call may go the
+--- other way: then the exact logits of both tokens differ by no more than the two errors allowed.
+local function check_greedy(name, facts, ids, greedy, allowed)
+  local wanted = facts.greedy
+  assert.equal(#wanted, #greedy)
+  for i, token in ipairs(greedy) do
+    if token ~= wanted[i] then
+      if allowed == 0 then error(("%s: token %d is %d, not %d"):format(name, i, token, wanted[i])) end
+      local cpu <close> = assert(qlua.device "cpu")
+      local model <close> = assert(cpu:load(support.MODELS .. name))
+      local prefix = table.move(ids, 1, #ids, 1, {})
+      table.move(wanted, 1, i - 1, #prefix + 1, prefix)
+      local logits <close> = assert(model:forward(prefix, { rows = "last" }))
+      local row = support.flat(logits)
+      local gap = row[wanted[i] + 1] - row[token + 1]
+      if gap > 2 * allowed then
+        error(("%s: token %d is %d, not %d, which is ahead by %g"):format(name, i, token, wanted[i], gap))
+      end
+      return -- from here on it is another text
+    end
+  end
 end
 
 local function stages(layers)
@@ -44,17 +69,21 @@ describe("golden model", function()
       local ids = support.integers(golden:tensor "ids")
       assert.same(facts.ids, ids)
       local logits <close> = assert(model:forward(ids))
-      local worst = support.difference(logits, golden:tensor "logits")
-      assert.is_true(worst <= LOGITS, ("logits differ by %g"):format(worst))
-      local own = facts.bf16_error or facts.f16_error
+      local exact, own = support.is_exact(facts.weights), facts.bf16_error or facts.f16_error
+      if exact then
+        local worst = support.difference(logits, golden:tensor "logits")
+        assert.is_true(worst <= LOGITS, ("logits differ by %g"):format(worst))
+      else
+        assert(own, "no error of transformers to hold ours against")
+      end
       if own then
         local largest, rms = support.difference(logits, golden:tensor "logits_f64")
         assert.is_true(rms <= RATIO * own.rms, ("rms error %g, transformers %g"):format(rms, own.rms))
         assert.is_true(largest <= RATIO * own.max, ("error %g, transformers %g"):format(largest, own.max))
       end
       local greedy, stats = model:generate(ids, { max_new_tokens = 16, ignore_eos = true })
-      assert.same(facts.greedy, greedy)
-      assert.same(support.integers(golden:tensor "greedy"), greedy)
+      assert.same(facts.greedy, support.integers(golden:tensor "greedy"))
+      check_greedy(name, facts, ids, greedy, exact and 0 or RATIO * own.max)
       assert.equal("length", stats.stop)
     end)
 
@@ -62,6 +91,7 @@ describe("golden model", function()
       local golden <close> = goldens(name)
       local model <close> = load(name)
       local facts, seen = facts_of(name), {}
+      local exact = support.is_exact(facts.weights)
       local traced <close> = assert(model:forward(facts.ids, {
         trace = function(what, value)
           assert(not seen[what], what .. " twice")
@@ -70,16 +100,18 @@ describe("golden model", function()
       }))
       for _, stage in ipairs(stages(facts.layers)) do
         local value = assert(seen[stage], stage .. " is missing")
-        local worst, _, scale = support.difference(value, golden:tensor(stage))
-        if worst > LAYER * scale then
-          error(("%s: first divergence at %s: %g of rms %g"):format(name, stage, worst, scale))
+        local worst, rms, scale = support.difference(value, golden:tensor(stage))
+        local wrong, bound = worst, LAYER
+        if not exact then wrong, bound = rms, ROUNDED[facts.weights] end
+        if wrong > bound * scale then
+          error(("%s: first divergence at %s: %g of rms %g"):format(name, stage, wrong, scale))
         end
         seen[stage] = nil
         value:close()
       end
       assert.is_nil((next(seen)))
-      local worst = support.difference(traced, golden:tensor "logits")
-      assert.is_true(worst <= LOGITS)
+      local worst, rms, scale = support.difference(traced, golden:tensor "logits")
+      assert.is_true(exact and worst <= LOGITS or not exact and rms <= ROUNDED[facts.weights] * 2 * scale)
     end)
 
     it(name .. ": info says what config.json says", function()
@@ -97,8 +129,10 @@ describe("golden model", function()
       assert.equal(config.tie_word_embeddings == true, info.tied)
       assert.equal(config.max_position_embeddings, info.max_context)
       assert.equal(({ f32 = "float32", f16 = "float16", bf16 = "bfloat16" })[facts.weights], info.dtype)
-      assert.equal("float32", info.kv_dtype)
-      assert.equal("cpu", info.device)
+      local wide = info.kv_dtype == "float32"
+      assert.equal(support.is_exact(facts.weights), wide)
+      assert.is_true(wide or info.kv_dtype == "bfloat16" or info.kv_dtype == "float16")
+      assert.equal(support.device():info().name, info.device)
       assert.equal(support.MODELS .. name, info.folder)
       assert.is_true(info.bytes > 0 and info.params > 0)
       local quant = facts.quantization
@@ -152,7 +186,12 @@ describe("loaded as another dtype", function()
     assert.equal("float32", wide:info().dtype)
     assert.is_true(wide:info().bytes > 1.9 * stored:info().bytes)
     local a, b = stored:forward(ids), wide:forward(ids)
-    assert.is_true(support.difference(a, b) < 1e-5)
+    local apart, rms, scale = support.difference(a, b)
+    if support.is_exact "bfloat16" then
+      assert.is_true(apart < 1e-5)
+    else
+      assert.is_true(rms < 2 * ROUNDED.bf16 * scale)
+    end
     local f32 <const> = support.MODELS .. "llama2_f32"
     local exact <close> = assert(device:load(f32))
     local rounded <close> = assert(device:load(f32, { dtype = "bfloat16" }))

@@ -198,11 +198,31 @@ function support.run(code, environment)
   return output, ok == true
 end
 
---- A CPU device that stays open for the whole run, of two threads where the machine has them.
+--- Name of the device that models run on: "cpu", unless QLUA_TEST_DEVICE says another.
+support.DEVICE = os.getenv "QLUA_TEST_DEVICE" or "cpu"
+
+--- That device, open for the whole run; the CPU with two threads where the machine has them.
 ---@return qlua.device
 function support.device()
-  support.shared = support.shared or qlua.device("cpu", { threads = 2 }) or assert(qlua.device "cpu")
+  local options = support.DEVICE == "cpu" and { threads = 2 } or nil
+  support.shared = support.shared or qlua.device(support.DEVICE, options)
+    or assert(qlua.device(support.DEVICE))
   return support.shared
+end
+
+--- Whether a model in this type computes in float32: all do on the CPU; elsewhere activations meet 16-bit
+--- weights in 16 bits.
+---@param dtype string
+---@return boolean
+function support.is_exact(dtype)
+  return support.DEVICE == "cpu" or dtype == "float32" or dtype == "f32"
+end
+
+--- A copy of a tensor of floats on the CPU.
+---@param t qlua.tensor
+---@return qlua.tensor
+function support.on_cpu(t)
+  return qlua.tensor(t:totable())
 end
 
 --- The second result of something that failed because of the outside world, its text checked.
