@@ -31,3 +31,4 @@ local rows, too_long = run:question_rows("question", opts.max_length)
 local points = sweep.run(run, rows, { sizes = opts.batch_sizes, runs = opts.runs, warmup = opts.warmup,
   logits = opts.logits, seed = opts.seed })
 results.sweep(run, points, { questions = #run.items, too_long = too_long })
+run:finish()

@@ -53,3 +53,4 @@ local rows = variants.run(run, {
 results.variants(run, rows,
   ("All 4-bit variants: block %d, %s; KL and agreement at the answer's letter, against full."):format(
   block, double and "double quantization" or "float32 scales"))
+run:finish()

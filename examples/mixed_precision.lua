@@ -61,8 +61,9 @@ for i, row in ipairs(measured) do
   for group in pairs(chosen) do now[group] = true end
   steps[i + 1] = { label = "+ " .. row.group, spec = only(now) }
 end
-local cumulative = variants.run(run, steps)
+local cumulative = run.stopped and {} or variants.run(run, steps)
 table.move(cumulative, 1, #cumulative, #measured + 1, measured)
 results.variants(run, measured,
   ("Above: one %s in %s at a time, least harm first. Below: added up in that order."):format(
   opts.by, opts.quant))
+run:finish()

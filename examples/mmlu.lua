@@ -40,7 +40,7 @@ local function outcome(o, evaluator)
     template = o.template })
   o.evaluations = evaluate.evaluations(#models)
   local bar <close> = run:progress(#o.items, o.task.name)
-  run:until_interrupted(function()
+  run:keeping(function()
     run:must(evaluator(o.prepared, { device = run.device, batch_size = opts.batch_size, progress = bar,
       evaluations = o.evaluations }))
   end)
@@ -81,9 +81,9 @@ end
 local outcomes = {}
 for _, items in ipairs(run.tasks) do
   if not post and opts.mode ~= "boxed" then outcomes[#outcomes + 1] = by_loglikelihood(items) end
-  if run.interrupted then break end
+  if run.stopped then break end
   if post or opts.mode ~= "loglikelihood" then outcomes[#outcomes + 1] = by_generation(items) end
-  if run.interrupted then break end
+  if run.stopped then break end
 end
 results.mmlu(run, outcomes)
 run:finish()

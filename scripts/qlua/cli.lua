@@ -49,6 +49,8 @@ local SHARED <const> = {
   batch_size = { "batch_size", short = "b", kind = "integer", min = 1, max = 4096, default = 8, metavar = "N",
     help = "questions in one forward pass" },
   device = { "device", default = "auto", help = "auto, cpu, cuda or cuda:N" },
+  numerics = { "numerics", default = "fast", choices = { "fast", "invariant" },
+    help = "CUDA's kernels: whether a row's bits may depend on its batch, which the CPU's never do" },
   dtype = { "dtype", default = "auto", choices = { "auto", "float32", "float16", "bfloat16" },
     help = "type of the full model's weights" },
   seed = { "seed", kind = "integer", default = 1, metavar = "N", help = "seed of every random choice" },

@@ -19,6 +19,28 @@ function device:load(model, options)
   return core.load(self, folder, options)
 end
 
+local recent = device.kernels
+local since_opened = setmetatable({}, { __mode = "k" })
+
+--- Names of the product and attention kernels that ran since the last call.
+---@return string[]
+function device:kernels()
+  local names, all = recent(self), since_opened[self] or {}
+  for _, name in ipairs(names) do all[name] = true end
+  since_opened[self] = all
+  return names
+end
+
+--- Names of all that ran since the device was opened, in alphabetical order.
+---@return string[]
+function device:all_kernels()
+  self:kernels()
+  local names = {}
+  for name in pairs(since_opened[self]) do names[#names + 1] = name end
+  table.sort(names)
+  return names
+end
+
 --- What is reported of a list of seconds.
 ---@param samples number[]
 ---@return { median: number, mean: number, sd: number, p10: number, p90: number, min: number, max: number, n:

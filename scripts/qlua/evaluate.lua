@@ -201,6 +201,7 @@ end
 ---@field text string?       what the model wrote (generation)
 ---@field words integer?
 ---@field stop string?       why it stopped writing
+---@field kernels string[]   product and attention kernels that ran for its batch
 
 ---@class qlua.evaluation    one model
 ---@field results qlua.scored[]  in the items' order, without those that are too long
@@ -244,6 +245,27 @@ end
 ---@field each? fun(reference: qlua.tensor, test: qlua.tensor, prepared: qlua.prepared)  logits at the answer
 ---  position
 
+--- The kernels that ran are those of the last `count` results.
+local function add_kernels(evaluation, count, kernels)
+  for i = #evaluation.results - count + 1, #evaluation.results do
+    evaluation.results[i].kernels = kernels
+  end
+end
+
+--- Names of all kernels that ran for the results of one model, in alphabetical order.
+---@param evaluation qlua.evaluation
+---@return string[]
+function evaluate.kernels(evaluation)
+  local known, names = {}, {}
+  for _, r in ipairs(evaluation.results) do
+    for _, name in ipairs(r.kernels) do
+      if not known[name] then known[name], names[#names + 1] = true, name end
+    end
+  end
+  table.sort(names)
+  return names
+end
+
 --- Scores the choices of every question with every model.
 ---@param models qlua.model[]
 ---@param prepared qlua.prepared[]
@@ -257,11 +279,14 @@ function evaluate.loglikelihood(models, prepared, options)
     for _, row in ipairs(rows) do tokens = tokens + #row end
     local kept = {}
     for _, m in ipairs(order(#models, i)) do
+      options.device:kernels()
       options.device:sync()
       local begin = sys.time()
       local logits, err = models[m]:forward(rows, { rows = counts })
       if not logits then return nil, err end
-      options.device:sync()
+      local synced
+      synced, err = options.device:sync()
+      if not synced then return nil, err end
       local e = evaluations[m]
       e.prefill_seconds = e.prefill_seconds + sys.time() - begin
       for b, r in ipairs(score(batch, places, total, logits)) do
@@ -272,6 +297,7 @@ function evaluate.loglikelihood(models, prepared, options)
       end
       e.seconds = e.seconds + sys.time() - begin
       e.prompt_tokens = e.prompt_tokens + tokens
+      add_kernels(e, #batch, options.device:kernels())
       kept[m] = logits
     end
     if options.each and #models > 1 then
@@ -343,6 +369,7 @@ function evaluate.generation(models, tok, task, prepared, options)
   local evaluations = options.evaluations or evaluate.evaluations(#models)
   for i, batch in ipairs(batches(prepared, options.batch_size)) do
     for _, m in ipairs(order(#models, i)) do
+      options.device:kernels()
       options.device:sync()
       local begin = sys.time()
       local prompts, streams = {}, {}
@@ -374,6 +401,7 @@ function evaluate.generation(models, tok, task, prepared, options)
         e.results[#e.results + 1] = { prepared = p, text = text, answer = answer, words = words,
           correct = answer == p.item.answer, stop = timing.stop[b], ids = rows[b] }
       end
+      add_kernels(e, #batch, options.device:kernels())
     end
     if options.progress then options.progress:step(#batch) end
   end

@@ -15,6 +15,7 @@ local evaluate = require "qlua.evaluate"
 local export = require "qlua.export"
 local failure = require "qlua.failure"
 local interrupt = require "qlua.interrupt"
+local json = require "qlua.json"
 local metrics = require "qlua.metrics"
 local policy = require "qlua.policy"
 local progress = require "qlua.progress"
@@ -51,7 +52,7 @@ experiment.model_options = {
     end },
   { "skip", kind = "strings", default = { "lm_head" },
     help = "modules that stay as they are, in place of the default" },
-  "dtype", "device", "threads", "max_context", "seed",
+  "dtype", "device", "threads", "numerics", "max_context", "seed",
 }
 
 --- All options of a script: those of the models, and its own; a script's own take precedence.
@@ -70,6 +71,7 @@ end
 ---@field name string            of the script
 ---@field opts table
 ---@field device qlua.device
+---@field hardware qlua.device_info  the device, before the models were loaded
 ---@field full qlua.model        the reference
 ---@field test qlua.model        the quantized twin
 ---@field labels string[]        what the two are called in tables: {"full", "nf4"}
@@ -84,9 +86,14 @@ end
 local run = {}
 run.__index = run
 
---- The value, or the end of the script.
+local function is_fault(err) return type(err) == "table" and err.code == "device" end
+
+--- The value, or the end of the script; a device that failed inside run:keeping ends that.
 function run:must(value, err)
-  if value == nil or value == false then cli.fail(self.name, err) end
+  if value == nil or value == false then
+    if self.keeps and is_fault(err) then error(err, 0) end
+    cli.fail(self.name, err)
+  end
   return value, err
 end
 
@@ -157,7 +164,8 @@ function experiment.open(name, opts, needs)
     self.items = self.tasks[1]
     if #self.tasks > 1 then self:check_tasks(needs.several) end
   end
-  self.device = self:must(qlua.device(opts.device, { threads = opts.threads }))
+  self.device = self:must(qlua.device(opts.device, { threads = opts.threads, numerics = opts.numerics }))
+  self.hardware = self:must(self.device:info())
   local load_options = { dtype = opts.dtype, max_context = opts.max_context }
   self.full = self:must(self.device:load(opts.model, load_options))
   self.context = self.full:info().max_context
@@ -235,28 +243,45 @@ function run:some(scored, too_long, longest)
     too_long, longest))
 end
 
---- Runs `fn`, which adds up results as it goes. Ctrl-C ends it and not the script: what is finished is kept
---- and shown.
+--- The failure of the device that an error comes from: an operation that returned nil may have been noticed
+--- only where its value was used, but a device that failed says so ever after. nil: another error.
+function run:fault(err)
+  if is_fault(err) then return err end
+  local _, why = self.device:sync()
+  return is_fault(why) and why or nil
+end
+
+--- Runs `fn`, which adds up results as it goes. Ctrl-C or a device that fails ends it and not the script:
+--- what is finished is kept and shown, and run:finish ends the script with the code that belongs to it.
 ---@param fn function
 ---@return boolean finished
-function run:until_interrupted(fn)
-  local ok, err = xpcall(fn, function(e) return interrupt.pending() and e or debug.traceback(e, 2) end)
+function run:keeping(fn)
+  self.keeps = true
+  local ok, err = xpcall(fn, function(e)
+    return (interrupt.pending() or is_fault(e)) and e or debug.traceback(e, 2)
+  end)
+  self.keeps = nil
   if ok then return true end
-  if not interrupt.pending() then error(err, 0) end
-  interrupt.clear()
-  self.interrupted = true
-  io.stderr:write("\n", self.name, ": interrupted: what is finished follows\n")
+  if interrupt.pending() then
+    interrupt.clear()
+    self.stopped = "interrupted"
+  else
+    self.failed = self:fault(err)
+    if not self.failed then error(err, 0) end
+    self.stopped = tostring(self.failed):gsub("%s*\n%s*", " ")
+  end
+  io.stderr:write("\n", self.name, ": ", self.stopped, ": what is finished follows\n")
   return false
 end
 
---- qlua.evaluate's last_positions on the run's two models, with progress; rows that Ctrl-C left out are
---- taken off the list.
+--- qlua.evaluate's last_positions on the run's two models, with progress; rows that Ctrl-C or a failure left
+--- out are taken off the list.
 ---@param rows { ids: integer[], item: table }[]
 ---@param options { control: boolean?, each: function }
 function run:last_positions(rows, options)
   local bar <close> = self:progress(#rows, "questions")
   local done = 0
-  self:until_interrupted(function()
+  self:keeping(function()
     self:must(evaluate.last_positions(self.full, self.test, rows, { batch_size = self.opts.batch_size,
       progress = bar, control = options.control, each = function(...)
         options.each(...)
@@ -266,9 +291,9 @@ function run:last_positions(rows, options)
   for i = #rows, done + 1, -1 do rows[i] = nil end
 end
 
---- The end of a script whose run may have been interrupted.
+--- The end of a script whose run may have been stopped.
 function run:finish()
-  if self.interrupted then os.exit(130, true) end
+  if self.stopped then os.exit(self.failed and 1 or 130, true) end
 end
 
 --- A progress line on stderr.
@@ -290,15 +315,17 @@ end
 --- What stands above every result: which models, in what types, how many bytes, on what.
 ---@return string
 function run:header()
-  local device, full = self.device:info(), self.full:info()
+  local device, full = self.hardware, self.full:info()
+  local detail = device.threads and ("%d threads"):format(device.threads)
+    or ("%s, %s numerics"):format(device.driver, device.numerics)
   local lines = {
     ("model     %s (%s, %s parameters)"):format(self.opts.model, full.architecture, millions(full.params)),
-    ("device    %s: %s, %s, %d threads"):format(device.name, device.hardware, device.isa, device.threads),
+    ("device    %s: %s, %s, %s"):format(device.name, device.hardware, device.isa, detail),
     ("full      %s weights, %s resident"):format(full.dtype, table_text.bytes(full.bytes)),
   }
   if self.test then
     local test, q = self.test:info(), self.test:info().quant
-    local detail = q.scheme and ("block %d, %s"):format(q.block,
+    detail = q.scheme and ("block %d, %s"):format(q.block,
       q.double and "double quantization" or "float32 scales")
       or ("%d of %d matrices"):format(q.quantized, q.matrices)
     lines[#lines + 1] = ("quantized %s (%s), %s resident, decoded to %s, activations float32"):format(
@@ -314,8 +341,9 @@ end
 ---@return table
 function run:facts()
   self.sha256 = self.sha256 or self.full:sha256() -- reads the whole checkpoint
-  local facts = { qlua_version = qlua.version, device = self.device:info(), full = self.full:info(),
-    seed = self.opts.seed, model_sha256 = self.sha256 }
+  local facts = { qlua_version = qlua.version, device = self.hardware, full = self.full:info(),
+    seed = self.opts.seed, model_sha256 = self.sha256, numerics = self.hardware.numerics,
+    kernels = json.array(self.device:all_kernels()), stopped = self.stopped }
   if self.test then facts.quantized = self.test:info() end
   return facts
 end

@@ -4,11 +4,13 @@
 ---   <output_path>/<model>__nf4/...                    the same for the quantized twin
 ---   <output_path>/comparison_<time>.json              the two against each other
 ---
---- Field names are those of lm_eval 0.4 (loggers/evaluation_tracker.py). Every file is written under a
---- temporary name, synced and renamed: it appears whole or not at all.
+--- Field names are those of lm_eval 0.4 (loggers/evaluation_tracker.py); each row also says its numerics and
+--- the kernels that ran. Every file is written under a temporary name, synced and renamed: it appears whole or
+--- not at all.
 
 local _ENV <const> = require "qlua.strict"
 
+local evaluate = require "qlua.evaluate"
 local failure = require "qlua.failure"
 local json = require "qlua.json"
 local lfs = require "lfs"
@@ -101,13 +103,14 @@ local function document(item)
   return doc, json.encode(doc, { indent = 2, keys = { "question", "choices", "answer" } })
 end
 
-local function sample(o, scored)
+local function sample(run, o, scored)
   local p, task = scored.prepared, o.task
   local doc, text = document(p.item)
   local entry = { doc_id = p.index - 1, doc = doc, target = tostring(p.item.answer - 1), filter = "none",
     metrics = json.array { "acc" }, acc = scored.correct and 1.0 or 0.0, arguments = {}, resps = json.array(),
     filtered_resps = json.array(), doc_hash = sys.sha256(text), prompt_hash = sys.sha256(p.prompt),
-    target_hash = sys.sha256(tostring(p.item.answer - 1)) }
+    target_hash = sys.sha256(tostring(p.item.answer - 1)), numerics = run.hardware.numerics,
+    kernels = json.array(scored.kernels) }
   if task.kind == "loglikelihood" then
     local continuations = o.template and task.chat_continuations or task.continuations
     for c, score in ipairs(scored.scores) do
@@ -136,7 +139,8 @@ local function task_result(o, evaluation)
   local n = #values
   local result = { name = o.task.name, alias = o.task.name, sample_len = n, too_long = o.too_long,
     unparsed = unparsed,
-    seconds = evaluation.seconds, prompt_tokens = evaluation.prompt_tokens }
+    seconds = evaluation.seconds, prompt_tokens = evaluation.prompt_tokens,
+    kernels = json.array(evaluate.kernels(evaluation)) }
   if n > 0 then
     result["acc,none"] = correct / n
     result["acc_stderr,none"] = n > 1 and stats.stderr(values) or "N/A"
@@ -165,7 +169,7 @@ local function model_results(run, outcomes, m)
       quant = info.quant.label },
       model_num_parameters = info.params, model_dtype = info.dtype, batch_size = opts.batch_size,
         device = info.device,
-      limit = opts.limit or json.null, random_seed = opts.seed, numerics = "invariant" },
+      limit = opts.limit or json.null, random_seed = opts.seed, numerics = run.hardware.numerics },
     qlua = run:facts() }
   for _, o in ipairs(outcomes) do
     local name = o.task.name
@@ -226,7 +230,7 @@ function export.mmlu(run, outcomes)
     put(run, paths, ("%s/results_%s.json"):format(folder, time), pretty(model_results(run, outcomes, m)))
     for _, o in ipairs(run.opts.log_samples and outcomes or {}) do
       local lines = {}
-      for i, scored in ipairs(o.evaluations[m].results) do lines[i] = line(sample(o, scored)) end
+      for i, scored in ipairs(o.evaluations[m].results) do lines[i] = line(sample(run, o, scored)) end
       put(run, paths, ("%s/samples_%s_%s.jsonl"):format(folder, o.task.name, time), table.concat(lines))
     end
   end
@@ -268,6 +272,7 @@ function export.sweep(run, points)
   local paths, list = {}, json.array()
   for i, p in ipairs(points) do
     local row = { batch = p.batch, model = run.labels[p.model], tokens = p.tokens, oom = p.oom,
+      device = run.hardware.name, numerics = run.hardware.numerics, kernels = json.array(p.kernels),
       peak_bytes = p.peak,
       reserved_bytes = p.reserved, process_peak_bytes = p.process, expected_bytes = p.expected }
     if p.time then
@@ -291,7 +296,7 @@ function export.variants(run, rows)
   for i, row in ipairs(rows) do
     list[i] = { label = row.label, bytes = row.bytes, bits_per_weight = row.bits,
       metrics = metric_fields { row.kl,
-      row.agreement }, accuracy = row.accuracy }
+      row.agreement }, accuracy = row.accuracy, kernels = json.array(row.kernels) }
   end
   put(run, paths, ("%s/%s_results_%s.json"):format(run.opts.output_path, run.name:gsub("%.lua$", ""),
     stamp(run)),

@@ -21,24 +21,31 @@ local qlua = {
   version = core.version,
 }
 
---- Opens a device: "auto", "cpu", "cuda" or "cuda:<index>". `threads` is the CPU's; by default as many as
---- the process may use.
+--- Opens a device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:<index>". `threads`
+--- is the CPU's; by default as many as the process may use. `numerics` is CUDA's: "fast" (default) chooses
+--- kernels by the number of tokens, with "invariant" a row's bits do not depend on its batch; the CPU is
+--- always invariant.
 ---@param name? string
----@param options? { threads: integer? }
+---@param options? { threads: integer?, numerics: "fast"|"invariant"|nil }
 ---@return qlua.device?, qlua.failure?
 function qlua.device(name, options)
   return core.device(name or "auto", options)
 end
 
---- The devices that can be opened, each { name, hardware, isa, threads, memory_total, memory_free }.
----@return table[]
+--- The devices that can be opened, each as device:info() says it. Second, why there is no CUDA device, or why
+--- the first of those that are there cannot be opened; nil where all can.
+---@return qlua.device_info[], qlua.failure?
 function qlua.devices()
-  local list = {}
-  for _, name in ipairs { "cpu" } do
-    local device <close> = core.device(name)
-    if device then list[#list + 1] = device:info() end
+  local cuda = core.cuda()
+  local list, names, missing = {}, { "cpu" }, cuda.missing
+  for index = 0, cuda.count - 1 do names[#names + 1] = "cuda:" .. index end
+  for _, name in ipairs(names) do
+    local device <close>, err = core.device(name)
+    local info
+    if device then info, err = device:info() end
+    if info then list[#list + 1] = info else missing = missing or err end
   end
-  return list
+  return list, missing
 end
 
 --- A float32 tensor on the CPU from a nested table of numbers.

@@ -95,19 +95,40 @@ function tensor:close() end
 ---@class qlua.device
 local device = {}
 
---- { name, hardware, isa, threads, memory_total, memory_free }
----@return table
+---@class qlua.device_info
+---@field name string           "cpu", "cuda:0"
+---@field hardware string       what the device calls itself
+---@field isa string            instruction set in use; CUDA: "sm_90"
+---@field driver string?        CUDA: driver and runtime versions
+---@field numerics "fast"|"invariant"  invariant: a row's bits do not depend on its batch; the CPU always is
+---@field threads integer?      CPU
+---@field memory_total integer  bytes
+---@field memory_free integer   bytes
+---@field clock_mhz integer?    CUDA, where the driver tells
+---@field energy_joules number? CUDA, where the driver tells: since it was loaded
+
+---@return qlua.device_info?, qlua.failure?
 function device:info() end
 
---- { total, free, process, process_peak } in bytes; process is resident memory.
----@return { total: integer, free: integer, process: integer, process_peak: integer }
+--- Bytes. On the CPU process is resident memory; on another device it is what this process holds there, nil
+--- where the driver does not tell, and no peak is kept.
+---@return { total: integer, free: integer, process: integer?, process_peak: integer? }?
+---@return qlua.failure?
 function device:memory() end
 
---- Lets process_peak start again from now; false where the kernel does not allow it.
+--- What the device reaches in a short run of its own: bytes read a second, float32 operations a second, on
+--- CUDA bfloat16 operations a second of a large product. `bytes`: size of the buffer read.
+---@param bytes? integer
+---@return { read_bytes_per_second: number, flops_per_second: number?, matrix_flops_per_second: number? }?
+---@return qlua.failure?
+function device:ceiling(bytes) end
+
+--- Lets process_peak start again from now; false where there is none or the kernel does not allow it.
 ---@return boolean
 function device:reset_peak() end
 
 --- Waits until everything queued has finished.
+---@return boolean?, qlua.failure?
 function device:sync() end
 
 function device:close() end
@@ -244,6 +265,11 @@ function core.hub_cache() end
 ---@param type "tensor"|"device"|"model"|"checkpoint"
 ---@return table
 function core.methods(type) end
+
+--- What there is of CUDA: number of devices, file of the plug-in and whether it could be loaded, and what is
+--- missing where count is 0.
+---@return { count: integer, plugin: string?, loaded: boolean, missing: qlua.failure? }
+function core.cuda() end
 
 --- Primitives of qlua.tensor, qlua.device, device:load, qlua.load_synthetic and qlua.open_checkpoint.
 function core.tensor(values) end

@@ -220,11 +220,12 @@ function results.sweep(run, points, r)
     { "KV", align = "right", unit = "MiB" }, { "activations", align = "right", unit = "MiB" },
     { "peak", align = "right", unit = "MiB" }, { "reserved", align = "right", unit = "MiB" },
     { "process", align = "right", unit = "MiB" }, { "expected", align = "right", unit = "MiB" } }
-  local function mib(bytes) return ("%.2f"):format(bytes / MIB) end
+  local function mib(bytes) return bytes and ("%.2f"):format(bytes / MIB) end
   for i, p in ipairs(points) do
     if i > 1 and p.model == 1 then t:rule() end
     if p.oom then
-      t:add(p.batch, run.labels[p.model], ("%.0f"):format(p.tokens), "OOM")
+      t:add(p.batch, run.labels[p.model], ("%.0f"):format(p.tokens), "OOM", nil, nil, nil, nil, nil, nil, nil,
+        mib(p.expected.total))
     else
       t:add(p.batch, run.labels[p.model], ("%.0f"):format(p.tokens),
         tables.interval(1e3 * p.time.median, 1e3 * p.time.p10, 1e3 * p.time.p90, "%.2f"),
@@ -235,7 +236,9 @@ function results.sweep(run, points, r)
   say(t:text { bold = tables.bold_allowed(run.stdout_is_terminal) })
   say("\nmedian of ", tostring(run.opts.runs), " passes, tok/s over all of them;\n",
     "peak: high-water mark of the model's own arena with the tensors it shares;\n",
-    "reserved: held between passes; process: resident peak of this process, which holds both models;\n",
+    "reserved: held between passes; process: ", run.hardware.name == "cpu"
+      and "resident peak of this process, which holds both models;\n"
+      or "what this process holds on the device, both models;\n",
     "expected: computed.\n")
   for _, p in ipairs(points) do
     if p.oom then say(("OOM at batch %d, %s: %s\n"):format(p.batch, run.labels[p.model], p.oom)) end

@@ -15,9 +15,11 @@ local sweep = {}
 ---@field time table?               median, p10, p90, ... in seconds, samples kept; nil: out of memory
 ---@field peak table?               arena high-water marks: weights, kv, activations, total (bytes)
 ---@field reserved integer?         bytes the arena holds between passes
----@field process integer?          resident high-water mark of the whole process in its warm-up (bytes)
----@field expected table?           analytic: weights, kv, activations, total (bytes)
----@field oom string?               the message, when a pass did not fit
+---@field process integer?          CPU: resident high-water mark of the whole process in its warm-up; else
+---  what the process holds on the device after it, nil where the driver does not tell (bytes)
+---@field expected table            analytic: weights, kv, activations, total (bytes)
+---@field kernels string[]          product and attention kernels that ran, in alphabetical order
+---@field oom string?               the message, when a pass did not fit: bytes needed and bytes free
 
 --- The rows of every pass: `runs` seeded samples of `size` rows (with repetition where there are too few).
 local function plan(rows, size, passes, seed)
@@ -58,75 +60,99 @@ local function widest_of(batches, logits)
   return w
 end
 
---- One timed pass: seconds, or nil and the error.
-local function pass(run, model, batch, logits_rows)
-  run.device:sync()
+--- One timed pass: seconds, or nil and the error that the batch does not fit. Any other error ends the sweep.
+--- `ran` collects the kernels.
+local function pass(run, model, batch, logits_rows, ran)
+  run.device:kernels()
+  run:must(run.device:sync())
   local begin = sys.time()
   local logits, err = model:forward(batch, { rows = logits_rows })
-  if not logits then return nil, err end
-  run.device:sync()
+  if not logits then
+    if err.code ~= "memory" then run:must(nil, err) end
+    return nil, err
+  end
+  run:must(run.device:sync())
   local seconds = sys.time() - begin
   logits:close()
+  for _, name in ipairs(run.device:kernels()) do ran[name] = true end
   return seconds
 end
 
---- Every batch size with both models. Returns points ordered by batch size, then model.
+local function sorted_keys(set)
+  local list = {}
+  for key in pairs(set) do list[#list + 1] = key end
+  table.sort(list)
+  return list
+end
+
+--- Both models at one batch size: two points.
+local function measure(run, rows, size, options, bar)
+  local models, warmup = { run.full, run.test }, math.max(1, options.warmup)
+  local batches = plan(rows, size, options.runs, options.seed)
+  local widest = widest_of(batches, options.logits)
+  local samples, failed, process, ran = { {}, {} }, {}, {}, { {}, {} }
+  local total = 0
+  for _, batch in ipairs(batches) do total = total + tokens_of(batch) end
+  local function try(m, batch)
+    if failed[m] then return end
+    local seconds
+    seconds, failed[m] = pass(run, models[m], batch, options.logits, ran[m])
+    return seconds
+  end
+  for m, model in ipairs(models) do
+    model:reset_peak()
+    run.device:reset_peak()
+    -- on the widest batch, so that arena and process have met their peak before the other model runs
+    for _ = 1, warmup do
+      try(m, widest.batch)
+      bar:step(1, ("batch %d"):format(size))
+    end
+    local memory = run:must(run.device:memory())
+    process[m] = memory.process_peak or memory.process
+  end
+  for i, batch in ipairs(batches) do
+    for step = 1, 2 do
+      local m = i % 2 == 1 and step or 3 - step
+      samples[m][#samples[m] + 1] = try(m, batch)
+      bar:step(1, ("batch %d"):format(size))
+    end
+  end
+  local points = {}
+  for m, model in ipairs(models) do
+    local point = { batch = size, model = m, tokens = total / #batches, kernels = sorted_keys(ran[m]),
+      expected = model:expected_memory(widest.tokens, widest.longest, widest.outputs) }
+    if failed[m] then
+      point.oom = failed[m].message
+    else
+      local memory = model:memory()
+      point.time = device_methods.summary(samples[m])
+      point.peak = memory.peak
+      -- Tensors that the twin shares with the full model are resident for it as well, and counted in both.
+      point.peak.shared = memory.resident - memory.weights
+      point.peak.resident = memory.peak.total + point.peak.shared
+      point.reserved = memory.total + point.peak.shared
+      point.process = process[m]
+    end
+    points[m] = point
+  end
+  return points
+end
+
+--- Every batch size with both models. Returns points ordered by batch size, then model: those of the sizes
+--- that were finished, where Ctrl-C or a device that fails ends the sweep.
 ---@param run qlua.experiment
 ---@param rows { ids: integer[] }[]
 ---@param options { sizes: integer[], runs: integer, warmup: integer, logits: "all"|"last", seed: integer }
 ---@return qlua.sweep_point[]
 function sweep.run(run, rows, options)
-  local models, points, warmup = { run.full, run.test }, {}, math.max(1, options.warmup)
-  local bar <close> = run:progress(#options.sizes * (options.runs + warmup) * 2, "passes")
-  for _, size in ipairs(options.sizes) do
-    local batches = plan(rows, size, options.runs, options.seed)
-    local widest = widest_of(batches, options.logits)
-    local samples, failed, process = { {}, {} }, {}, {}
-    local total = 0
-    for _, batch in ipairs(batches) do total = total + tokens_of(batch) end
-    for m, model in ipairs(models) do
-      model:reset_peak()
-      run.device:reset_peak()
-      -- on the widest batch, so that arena and process have met their peak before the other model runs
-      for _ = 1, warmup do
-        if not failed[m] then
-          local _, err = pass(run, model, widest.batch, options.logits)
-          failed[m] = err
-        end
-        bar:step(1, ("batch %d"):format(size))
-      end
-      process[m] = run.device:memory().process_peak
+  local points = {}
+  local passes = 2 * (options.runs + math.max(1, options.warmup))
+  local bar <close> = run:progress(#options.sizes * passes, "passes")
+  run:keeping(function()
+    for _, size in ipairs(options.sizes) do
+      table.move(measure(run, rows, size, options, bar), 1, 2, #points + 1, points)
     end
-    for i, batch in ipairs(batches) do
-      for step = 1, 2 do
-        local m = i % 2 == 1 and step or 3 - step
-        if not failed[m] then
-          local seconds, err = pass(run, models[m], batch, options.logits)
-          samples[m][#samples[m] + 1] = seconds
-          failed[m] = err
-        end
-        bar:step(1, ("batch %d"):format(size))
-      end
-    end
-    for m, model in ipairs(models) do
-      local point = { batch = size, model = m, tokens = total / #batches }
-      if failed[m] then
-        if failed[m].code ~= "memory" then run:must(nil, failed[m]) end
-        point.oom = failed[m].message
-      else
-        local memory = model:memory()
-        point.time = device_methods.summary(samples[m])
-        point.peak = memory.peak
-        -- Tensors that the twin shares with the full model are resident for it as well, and counted in both.
-        point.peak.shared = memory.resident - memory.weights
-        point.peak.resident = memory.peak.total + point.peak.shared
-        point.reserved = memory.total + point.peak.shared
-        point.process = process[m]
-        point.expected = model:expected_memory(widest.tokens, widest.longest, widest.outputs)
-      end
-      points[#points + 1] = point
-    end
-  end
+  end)
   return points
 end
 

@@ -16,9 +16,10 @@ local variants = {}
 ---@field kl table          row of qlua.metrics.summary
 ---@field agreement table
 ---@field accuracy { n: integer, correct: integer }
+---@field kernels string[]  product and attention kernels that ran
 
 --- Measures every { label =, spec = } at the position of the answer's letter; fills in the fields above. The
---- full model stands in the first row, against itself.
+--- full model stands in the first row, against itself. What Ctrl-C or a failing device left out is missing.
 ---@param run qlua.experiment
 ---@param list { label: string, spec: table? }[]
 ---@return qlua.variant[]
@@ -30,18 +31,21 @@ function variants.run(run, list)
   done.scored = #prepared - done.too_long
   run:some(done.scored, done.too_long, run.context)
   local bar <close> = run:progress(done.scored * #list, "questions")
-  for i, entry in ipairs(list) do
-    local twin <close> = run:must(run.full:quantize(entry.spec or { policy = function() return nil end }))
-    local kl, agreement = metrics.kl(), metrics.agreement()
-    local evaluations = run:must(evaluate.loglikelihood({ run.full, twin }, prepared, {
-      device = run.device, batch_size = run.opts.batch_size, progress = bar,
-      each = function(reference, test, p) metrics.add({ kl, agreement }, reference, test, p) end,
-    }))
-    local summary = metrics.summary({ kl, agreement }, run.opts.seed)
-    local info = twin:info()
-    done[i] = { label = entry.label, spec = entry.spec, bytes = info.bytes, bits = info.quant.bits,
-      kl = summary[1], agreement = summary[2], accuracy = evaluate.accuracy(evaluations[2]) }
-  end
+  run:keeping(function()
+    for i, entry in ipairs(list) do
+      local twin <close> = run:must(run.full:quantize(entry.spec or { policy = function() return nil end }))
+      local kl, agreement = metrics.kl(), metrics.agreement()
+      local evaluations = run:must(evaluate.loglikelihood({ run.full, twin }, prepared, {
+        device = run.device, batch_size = run.opts.batch_size, progress = bar,
+        each = function(reference, test, p) metrics.add({ kl, agreement }, reference, test, p) end,
+      }))
+      local summary = metrics.summary({ kl, agreement }, run.opts.seed)
+      local info = twin:info()
+      done[i] = { label = entry.label, spec = entry.spec, bytes = info.bytes, bits = info.quant.bits,
+        kl = summary[1], agreement = summary[2], accuracy = evaluate.accuracy(evaluations[2]),
+        kernels = evaluate.kernels(evaluations[2]) }
+    end
+  end)
   return done
 end
 

@@ -73,6 +73,7 @@ describe("result files", function()
       results[i] = {
         prepared = { item = items[i], index = i, prompt = task:prompt(items[i]) },
         scores = row.loglik, greedy = row.greedy, answer = answer, correct = answer == items[i].answer,
+        kernels = { "matmul_" .. i % 2, "attention" },
       }
     end
     local evaluation = { results = results, seconds = 1.5, prompt_tokens = 900, prefill_seconds = 1.0 }
@@ -83,7 +84,7 @@ describe("result files", function()
       name = "mmlu.lua", full = model, test = model, labels = { "full", "nf4" }, date = 1721995200,
       opts = { output_path = folder, model = "models/stories260K", log_samples = true, batch_size = 8,
         seed = 1, protocol = "sound" },
-      facts = function() return { version = "0" } end,
+      facts = function() return { version = "0" } end, hardware = { name = "cuda:0", numerics = "fast" },
       must = function(_, value, err) return value or error(tostring(err)) end,
     }
     return run, { { task = task, items = items, too_long = 0, evaluations = { evaluation, evaluation } } }
@@ -101,6 +102,9 @@ describe("result files", function()
       n = n + 1
       local expected, got = assert(json.decode(line)), lines[n]
       for key, value in pairs(expected) do assert.same(value, got[key], key) end
+      assert.equal("fast", got.numerics)
+      assert.same({ "matmul_" .. n % 2, "attention" }, got.kernels)
+      got.numerics, got.kernels = nil, nil -- lm-eval has no such fields, and all others are its own
       for key in pairs(got) do assert.is_not_nil(expected[key], key) end
     end
     assert.is_true(n > 0)
@@ -129,6 +133,8 @@ describe("result files", function()
     } do
       assert.is_not_nil(got.config[key], key)
     end
+    assert.equal("fast", got.config.numerics)
+    assert.same({ "attention", "matmul_0", "matmul_1" }, got.results.mmlu_farm_life.kernels)
     assert.is_number(got.date)
     assert.is_not_nil(got.git_hash)
   end)

@@ -104,26 +104,50 @@ local function check_memory()
   end
 end
 
+--- The CUDA plug-in: where it was found, whether it loads, and what it says that is missing.
+local function check_cuda(cuda)
+  local driver = read "/proc/driver/nvidia/version"
+  note("devices", "NVIDIA driver", driver and first_line(driver):match "%d[%d.]+" or "none loaded")
+  if cuda.loaded then
+    note("devices", "cuda plug-in", cuda.plugin)
+  elseif cuda.plugin or os.getenv "QLUA_CUDA_PLUGIN" then
+    -- a file that was put there to be used, or named, and cannot be
+    problem("devices", "cuda plug-in", "error", cuda.missing.message, cuda.missing.hint)
+    return
+  else
+    problem("devices", "cuda plug-in", "note", cuda.missing.message, cuda.missing.hint)
+    return
+  end
+  if cuda.missing then
+    problem("devices", "cuda", "note", cuda.missing.message, cuda.missing.hint or "models run on the CPU")
+  end
+end
+
+--- One line a device: "NVIDIA H100 80GB HBM3, sm_90, 78.9 of 79.1 GiB free, driver 13.0, runtime 13.0".
+local function described(info)
+  local parts = { info.hardware, info.isa, ("%.1f of %.1f GiB free"):format(info.memory_free / 2 ^ 30,
+    info.memory_total / 2 ^ 30) }
+  if info.threads then parts[#parts + 1] = ("%d threads"):format(info.threads) end
+  if info.driver then parts[#parts + 1] = info.driver end
+  return table.concat(parts, ", ")
+end
+
 local function check_devices()
-  local ok, qlua = pcall(require, "qlua")
-  if not ok then
-    problem("devices", "qlua", "error", "require 'qlua' fails: " .. first_line(qlua), "build qlua again")
-    return
-  end
-  local listed, devices = pcall(qlua.devices)
-  if not listed then
-    problem("devices", "list", "error", first_line(devices), "run it again without QLUA_* variables set")
-    return
-  end
-  local gpu = false
-  for _, device in ipairs(devices) do
-    note("devices", device.name, device.description or "ready")
-    gpu = gpu or device.name:find("^cuda") ~= nil
-  end
-  if not gpu then
-    local driver = read("/proc/driver/nvidia/version") ~= nil
-    problem("devices", "cuda", "note",
-      driver and "NVIDIA driver present, but no CUDA device" or "no NVIDIA driver", "models run on the CPU")
+  local ok, core = pcall(require, "qlua.core")
+  if not ok then return end -- told of under versions
+  local cuda = core.cuda()
+  check_cuda(cuda)
+  local names = { "cpu" }
+  for index = 0, cuda.count - 1 do names[#names + 1] = "cuda:" .. index end
+  for _, name in ipairs(names) do
+    local device <close>, err = core.device(name)
+    local info
+    if device then info, err = device:info() end
+    if info then
+      note("devices", name, described(info))
+    else
+      problem("devices", name, name == "cpu" and "error" or "note", err.message, err.hint)
+    end
   end
 end
 
