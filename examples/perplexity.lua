@@ -53,8 +53,16 @@ if predictions < 2 then
 end
 
 local bar <close> = run:progress(#windows, "windows")
-local values = run:must(perplexity.run(run.full, run.test, windows, function() bar:step() end))
+local values, done = nil, 0
+run:keeping(function()
+  run:must(perplexity.run(run.full, run.test, windows, function(all)
+    values, done = all, done + 1
+    bar:step()
+  end))
+end)
 bar:close()
+if done * #windows[1].targets < 2 then run:finish() end
+perplexity.keep(windows, values, done)
 local summary = perplexity.summary(values)
 
 io.stdout:write(run:header(), ("text      %s: %d tokens, %d predictions\n"):format(opts.text, windows.tokens,
@@ -63,3 +71,4 @@ io.stdout:write(run:header(), ("text      %s: %d tokens, %d predictions\n"):form
 if opts.output_path then
   io.stdout:write("\nwrote ", run:must(perplexity.write(run, windows, summary)), "\n")
 end
+run:finish()

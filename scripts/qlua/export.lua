@@ -5,8 +5,8 @@
 ---   <output_path>/comparison_<time>.json              the two against each other
 ---
 --- Field names are those of lm_eval 0.4 (loggers/evaluation_tracker.py); each row also says its numerics and
---- the kernels that ran. Every file is written under a temporary name, synced and renamed: it appears whole or
---- not at all.
+--- the kernels that ran. Every file is written under a temporary name, synced and renamed: it appears whole
+--- or not at all.
 
 local _ENV <const> = require "qlua.strict"
 

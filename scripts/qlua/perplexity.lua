@@ -23,6 +23,7 @@ local perplexity = {}
 ---@field bos integer?      at every window's start
 ---@field tokens integer    of the whole text
 ---@field all integer       windows in the whole text
+---@field stopped boolean?  the run ended before the last of those that it was to score
 
 --- The windows of a text's token ids (without the beginning-of-sequence token).
 ---@param ids integer[]
@@ -89,6 +90,19 @@ function perplexity.run(reference, test, windows, each)
   return values
 end
 
+--- Takes off windows and values what a stopped run did not finish: the first `done` windows stay.
+---@param windows qlua.perplexity_windows
+---@param values qlua.perplexity_values
+---@param done integer
+function perplexity.keep(windows, values, done)
+  local predictions = done * #windows[1].targets
+  windows.stopped = done < #windows
+  for i = #windows, done + 1, -1 do windows[i] = nil end
+  for _, list in pairs(values) do
+    for i = #list, predictions + 1, -1 do list[i] = nil end
+  end
+end
+
 --- exp of a mean with the standard error that follows from the mean's.
 local function exponential(values)
   local value = math.exp(stats.mean(values))
@@ -149,7 +163,8 @@ end
 ---@return string
 function perplexity.protocol(windows)
   local n = windows.context
-  local left_out = windows.all > #windows and (" of %d (--limit)"):format(windows.all) or ""
+  local left_out = windows.all > #windows and (" of %d (%s)"):format(windows.all,
+    windows.stopped and "interrupted" or "--limit") or ""
   return ("%d windows%s of %d tokens, stride %d, %s; scored: the last %d tokens of each, after %d of context")
     :format(#windows, left_out, n, n, windows.bos and ("token %d (BOS) put at each start"):format(windows.bos)
       or "no BOS", n - 1 - n // 2, n // 2 + 1)
