@@ -418,7 +418,7 @@ static void memory_runs_out(void **state)
     uint8_t same[3];
     const int32_t targets[] = {1, 2, 3};
     make_pair(3, 1500, 0.01f, 0, &a, &b); /* flat: the nucleus needs the whole row sorted */
-    for (int m = 0; m < 6; m++) {
+    for (int m = 0; m < 7; m++) {
         ql_status status = QL_ERR_MEMORY;
         long n = 0;
         for (; status != QL_OK && n < 100; n++) {
@@ -429,7 +429,8 @@ static void memory_runs_out(void **state)
                      : m == 2 ? ql_metrics_kl(&a, &b, out, &err)
                      : m == 3 ? ql_metrics_delta_p(&a, &b, targets, out, &err)
                      : m == 4 ? ql_metrics_nucleus(&a, &b, 0.9, 1, out, &err)
-                              : ql_metrics_loglik(&a, targets, out, same, &err);
+                     : m == 5 ? ql_metrics_loglik(&a, targets, out, same, &err)
+                              : ql_metrics_entropy(&a, out, &err);
             ql_mem_fail_after(-1, false);
             assert_true(status == QL_OK || status == QL_ERR_MEMORY);
         }

@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include "mem.h"
+#include "qk.h"
 #include "sampler.h"
 
 #include <math.h>
@@ -201,6 +202,83 @@ static void large_rows(void **state)
     free(logits);
 }
 
+/* The same draw from the row and from its best: *settled counts those that needed no row. */
+static void draw_both_ways(ql_sampler *sampler, const ql_sampling *s, const float *logits, int64_t n,
+                           uint64_t stream, long *settled)
+{
+    static float values[5000];
+    static int32_t ids[5000];
+    ql_err err;
+    int32_t want, got;
+    int64_t k = ql_sampler_candidates(s, n);
+    double lse = qk_logsumexp(logits, n, ql_sampler_temperature(s));
+    qk_topk(logits, n, k, values, ids);
+    ql_status status = ql_sampler_pick(sampler, s, logits, n, stream, 3, &want, &err);
+    assert_int_equal(ql_sampler_pick_top(sampler, s, values, ids, k, n, lse, stream, 3, &got, &err), QL_OK);
+    if (status != QL_OK) assert_int_equal(got, -1);
+    if (got < 0) return;
+    assert_int_equal(got, want);
+    ++*settled;
+}
+
+/* Rows of every kind: normal, in steps (ties), flat, with one token far ahead, with few that can be drawn. */
+static void make_row(float *logits, int n, int kind, uint64_t seed)
+{
+    for (int i = 0; i < n; i++) {
+        float x = 2 * noise(seed, (uint64_t)i);
+        logits[i] = kind == 0   ? x
+                    : kind == 1 ? roundf(2 * x) / 2
+                    : kind == 2 ? 0
+                    : kind == 3 ? (i == n / 2 ? 40 : x)
+                                : (i % 9 == 4 ? x : -INFINITY);
+    }
+}
+
+static void the_best_of_a_row_pick_as_the_row(void **state)
+{
+    (void)state;
+    const ql_sampling cases[] = {{0, 0, 1, 7},      {1, 1, 1, 7},       {1, 5, 1, 7},     {0.6, 20, 0.9, 7},
+                                 {1, 0, 0.5, 7},    {3, 0, 0.75, 7},    {0.1, 0, 0.9, 7}, {1, 0, 0.25, 7},
+                                 {1, 0, 0.999, 7},  {1, 0, 1e-9, 7},    {1, 16, 0.5, 7},  {1, 17, 1, 7},
+                                 {1, 149, 0.25, 7}, {0.01, 50, 0.9, 7}, {50, 0, 0.9, 7},  {1, 9999, 0.5, 7}};
+    enum { N = 150, WIDE = 5000, CASES = sizeof cases / sizeof *cases };
+    static float logits[WIDE];
+    ql_sampler *sampler;
+    ql_err err;
+    long settled = 0, all = 0;
+    assert_int_equal(ql_sampler_new(WIDE, &sampler, &err), QL_OK);
+    for (uint64_t row = 0; row < 500; row++) {
+        make_row(logits, N, (int)(row % 5), row);
+        for (size_t c = 0; c < CASES; c++, all++)
+            draw_both_ways(sampler, &cases[c], logits, N, row, &settled);
+    }
+    assert_true(settled >
+                all * 8 / 10); /* flat rows at 0.5, and few tokens with a large top_k, need theirs */
+    settled = 0;
+    for (uint64_t row = 0; row < 40; row++) { /* a nucleus may be larger than the candidates */
+        make_row(logits, WIDE, (int)(row % 5), row);
+        for (size_t c = 0; c < CASES; c++) draw_both_ways(sampler, &cases[c], logits, WIDE, row, &settled);
+    }
+    assert_true(settled > 40 * CASES / 2);
+
+    /* No candidates: the row. Bad logits: the row, which says so. */
+    const ql_sampling top = {1, 0, 0.9, 7};
+    assert_int_equal(ql_sampler_candidates(&plain, WIDE), 0);
+    assert_int_equal(ql_sampler_candidates(&top, WIDE), 1024);
+    assert_int_equal(ql_sampler_candidates(&top, N), N);
+    const float bad[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 3; i++) {
+        settled = 0;
+        for (int j = 0; j < N; j++) logits[j] = i < 2 ? (float)j : bad[i];
+        logits[77] = bad[i];
+        for (size_t c = 0; c < CASES; c++) draw_both_ways(sampler, &cases[c], logits, N, 1, &settled);
+        assert_int_equal(settled, 0);
+    }
+    int32_t id;
+    assert_int_equal(ql_sampler_pick_top(sampler, &plain, logits, &id, 1, N, 0, 0, 0, &id, &err), QL_ERR_ARG);
+    ql_sampler_free(sampler);
+}
+
 static void memory_runs_out(void **state)
 {
     (void)state;
@@ -222,6 +300,7 @@ int main(void)
         cmocka_unit_test(uniform_is_a_function_of_its_arguments),
         cmocka_unit_test(draws_follow_the_rules),
         cmocka_unit_test(large_rows),
+        cmocka_unit_test(the_best_of_a_row_pick_as_the_row),
         cmocka_unit_test(memory_runs_out),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
