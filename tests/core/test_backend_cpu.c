@@ -328,6 +328,18 @@ static size_t compute_everything(ql_device *dev, float *out, size_t room)
     KEEP(picked);
     OK(ql_op_gather_rows(&q, &at, &rows, &error));
     KEEP(rows);
+    ql_tensor stats = new_tensor(dev, QL_F64, T, 3, NULL), found = new_tensor(dev, QL_I32, T, 2, NULL);
+    OK(ql_op_row_stats(&q, &at, &stats, &found, &error));
+    KEEP(stats);
+    KEEP(found);
+    ql_tensor_free(&stats);
+    ql_tensor_free(&found);
+    for (int i = 0; i < 3; i++) {
+        ql_tensor drawn = new_tensor(dev, dtypes[i], 77, 1003, NULL);
+        OK(ql_op_random(UINT64_MAX - 4, UINT64_C(1) << 40, &drawn, &error));
+        KEEP(drawn);
+        ql_tensor_free(&drawn);
+    }
     OK(dev->backend->sync(dev->ctx, &error));
     ql_tensor *all[] = {&q,    &k,  &v,  &first,  &at,  &y,    &c,      &s,
                         &norm, &ck, &cv, &values, &ids, &sums, &picked, &rows};
@@ -360,6 +372,146 @@ static void test_same_bits_for_any_threads_and_instruction_set(void **state)
     unsetenv("QLUA_CPU");
     free(expect);
     free(got);
+}
+
+/* Each figure of a row against the operation or the loop that gives it alone. */
+static void test_row_stats(void **state)
+{
+    (void)state;
+    enum { N = 7, V = 501 };
+    ql_device *dev;
+    OK(ql_device_open("cpu", &(ql_device_options){.threads = 2}, &dev, &error));
+    float *x = new_floats(N * V);
+    for (int i = 0; i < N * V; i++) x[i] *= 20;
+    x[2 * V + 8] = x[2 * V + 3] = 90; /* a tie */
+    x[3 * V + 100] = NAN;
+    x[4 * V] = -INFINITY;
+    x[5 * V + 500] = INFINITY;
+    x[5 * V + 77] = NAN;
+    const int32_t targets[N] = {0, 500, 3, 7, 1, 2, 250}, bad[N] = {-1, -1, -1, 100, 0, 77, -1};
+    ql_tensor t = new_tensor(dev, QL_F32, N, V, x), ids = new_ids(dev, N, targets),
+              stats = new_tensor(dev, QL_F64, N, 3, NULL), found = new_tensor(dev, QL_I32, N, 2, NULL),
+              lse = new_tensor(dev, QL_F64, N, 0, NULL), best = new_tensor(dev, QL_I32, N, 1, NULL),
+              most = new_tensor(dev, QL_F32, N, 1, NULL);
+    OK(ql_op_row_stats(&t, &ids, &stats, &found, &error));
+    OK(ql_op_logsumexp(&t, 1, &lse, &error));
+    OK(ql_op_topk(&t, 1, &most, &best, &error));
+    for (int i = 0; i < N; i++) {
+        const double *row = (const double *)stats.data + 3 * i, sum = ((const double *)lse.data)[i];
+        const int32_t *at = (const int32_t *)found.data + 2 * i;
+        assert_int_equal(at[0], ((const int32_t *)best.data)[i]);
+        assert_int_equal(at[1], bad[i]);
+        assert_true(row[2] == (double)x[i * V + targets[i]]);
+        if (bad[i] >= 0) continue;
+        double entropy = 0;
+        for (int j = 0; j < V; j++) entropy -= exp((double)x[i * V + j] - sum) * ((double)x[i * V + j] - sum);
+        assert_true(row[0] == sum);
+        assert_true(row[1] == entropy);
+    }
+    assert_int_equal(((const int32_t *)found.data)[4], 3);
+    OK(ql_op_row_stats(&t, NULL, &stats, &found, &error));
+    assert_true(((const double *)stats.data)[2] == 0);
+    ql_tensor outside = new_ids(dev, N, (const int32_t[]){0, 0, 0, V, 0, 0, 0});
+    assert_int_equal(ql_op_row_stats(&t, &outside, &stats, &found, &error), QL_ERR_ARG);
+    assert_int_equal(ql_op_row_stats(&t, &best, &stats, &found, &error), QL_ERR_ARG);
+    assert_int_equal(ql_op_row_stats(&t, &ids, &stats, &ids, &error), QL_ERR_ARG);
+    ql_tensor *all[] = {&t, &ids, &stats, &found, &lse, &best, &most, &outside};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) ql_tensor_free(all[i]);
+    ql_device_release(dev);
+    free(x);
+}
+
+/* Every place and kind of a bad number, the first of several, on one thread and on two. */
+static void test_find_bad(void **state)
+{
+    (void)state;
+    enum { N = 200003 };
+    static const uint32_t bad[3][4] = {{0x7f800000, 0xff800000, 0x7fc00000, 0xff800001},
+                                       {0x7c00, 0xfc00, 0x7e00, 0xfc01},
+                                       {0x7f80, 0xff80, 0x7fc0, 0xff81}};
+    static const uint32_t largest[3] = {0x7f7fffff, 0x7bff, 0x7f7f};
+    static const int64_t places[] = {0, 1, 63, 4095, 4096, 99999, 131072, N - 1};
+    static const ql_dtype dtypes[] = {QL_F32, QL_F16, QL_BF16};
+    for (int threads = 1; threads <= 2; threads++) {
+        ql_device *dev;
+        OK(ql_device_open("cpu", &(ql_device_options){.threads = threads}, &dev, &error));
+        for (int d = 0; d < 3; d++) {
+            ql_tensor t = new_tensor(dev, dtypes[d], N, 0, NULL);
+            size_t size = ql_dtype_size(dtypes[d]);
+            char *bytes = t.data;
+            int64_t at;
+            for (int64_t i = 0; i < N; i++) memcpy(bytes + (size_t)i * size, &largest[d], size);
+            OK(ql_op_find_bad(&t, &at, &error));
+            assert_int_equal(at, -1);
+            for (int i = (int)(sizeof places / sizeof *places) - 1; i >= 0;
+                 i--) { /* the first of ever more */
+                memcpy(bytes + (size_t)places[i] * size, &bad[d][i % 4], size);
+                OK(ql_op_find_bad(&t, &at, &error));
+                assert_int_equal(at, places[i]);
+            }
+            ql_tensor_free(&t);
+        }
+        ql_tensor ids = new_ids(dev, 1, (const int32_t[]){1});
+        int64_t at;
+        assert_int_equal(ql_op_find_bad(&ids, &at, &error), QL_ERR_ARG);
+        assert_int_equal(ql_op_random(1, 0, &ids, &error), QL_ERR_ARG);
+        ql_tensor_free(&ids);
+        ql_device_release(dev);
+    }
+}
+
+/* Any part of the stream is the stream's, and its numbers are near normal with standard deviation 0.02. */
+static void test_random(void **state)
+{
+    (void)state;
+    enum { N = 100000 };
+    ql_device *dev;
+    OK(ql_device_open("cpu", &(ql_device_options){.threads = 2}, &dev, &error));
+    ql_tensor whole = new_tensor(dev, QL_F32, N, 0, NULL), part = new_tensor(dev, QL_F32, 777, 0, NULL);
+    OK(ql_op_random(9, 0, &whole, &error));
+    const float *x = whole.data;
+    for (uint64_t first = 0; first + 777 <= N; first += 9999) {
+        OK(ql_op_random(9, first, &part, &error));
+        assert_memory_equal(part.data, x + first, 777 * sizeof *x);
+    }
+    double sum = 0, squares = 0;
+    for (int i = 0; i < N; i++) {
+        sum += (double)x[i];
+        squares += (double)x[i] * (double)x[i];
+    }
+    /* Five standard errors; that of a square is 0.0004 sqrt(1.7), the sum of four uniforms having
+     * kurtosis 2.7. */
+    assert_true(fabs(sum / N) < 5 * 0.02 / sqrt(N));
+    assert_true(fabs(squares / N - 0.0004) < 5 * 0.0004 * sqrt(1.7) / sqrt(N));
+    ql_tensor_free(&whole);
+    ql_tensor_free(&part);
+    ql_device_release(dev);
+}
+
+/* The operations take caches of any float type, the CPU only its own. */
+static void test_cache_types(void **state)
+{
+    (void)state;
+    ql_device *dev;
+    OK(ql_device_open("cpu", &(ql_device_options){.threads = 1}, &dev, &error));
+    ql_tensor x = new_random(dev, 2, 8), zero = new_ids(dev, 2, (const int32_t[]){0, 0}), k, v;
+    const ql_dtype types[][2] = {{QL_F32, QL_F32},  {QL_BF16, QL_BF16}, {QL_F16, QL_F16},
+                                 {QL_BF16, QL_F16}, {QL_F32, QL_BF16},  {QL_F64, QL_F64}};
+    const ql_status want[] = {QL_OK,      QL_ERR_UNSUPPORTED, QL_ERR_UNSUPPORTED,
+                              QL_ERR_ARG, QL_ERR_ARG,         QL_ERR_ARG};
+    for (int i = 0; i < 6; i++) {
+        OK(ql_tensor_new(dev, NULL, QL_MEM_KV, types[i][0], 3, (int64_t[]){1, 5, 8}, &k, &error));
+        OK(ql_tensor_new(dev, NULL, QL_MEM_KV, types[i][1], 3, (int64_t[]){1, 5, 8}, &v, &error));
+        ql_kv_view cache = {&k, &v};
+        assert_int_equal(ql_op_kv_write(&x, &x, &zero, &zero, cache, &error), want[i]);
+        assert_int_equal(ql_op_attention(&x, cache, &zero, &zero, 1, &x, &error), want[i]);
+        if (want[i] == QL_ERR_UNSUPPORTED) assert_non_null(strstr(error.message, "in float32, not"));
+        ql_tensor_free(&k);
+        ql_tensor_free(&v);
+    }
+    ql_tensor_free(&x);
+    ql_tensor_free(&zero);
+    ql_device_release(dev);
 }
 
 static void test_indices_are_checked(void **state)
@@ -463,6 +615,10 @@ int main(void)
         cmocka_unit_test(test_memory),
         cmocka_unit_test(test_failed_allocations),
         cmocka_unit_test(test_same_bits_for_any_threads_and_instruction_set),
+        cmocka_unit_test(test_row_stats),
+        cmocka_unit_test(test_find_bad),
+        cmocka_unit_test(test_random),
+        cmocka_unit_test(test_cache_types),
         cmocka_unit_test(test_indices_are_checked),
         cmocka_unit_test(test_tensors_are_checked),
         cmocka_unit_test(test_nothing_to_do),
