@@ -3,16 +3,12 @@
  * A context serves one thread at a time. Indices that come in tensors (token ids, positions, rows, columns)
  * are checked here, because only here they can be read.
  */
-#include "backend.h"
+#include "backend_cpu.h"
 
 #include "cpu_probe.h"
 #include "mem.h"
-#include "pool.h"
 #include "process.h"
-#include "qk.h"
-#include "qk_random.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -24,18 +20,7 @@ enum {
     ATTENTION_TOKENS = 16, /* tokens a piece of attention */
 };
 
-typedef struct {
-    const qk_cpu *qk;
-    ql_pool *pool;
-    int threads;
-    char *scratch; /* [threads][scratch_bytes], 64-byte aligned */
-    size_t scratch_bytes;
-    unsigned ran; /* bits 1 << RAN_x, or 1 << a qk_format for its products, since cpu_kernels was asked */
-} cpu_context;
-
 enum { RAN_ATTENTION = QK_4BIT + 1, RAN_COUNT };
-
-static const qk_format formats[] = {[QL_F32] = QK_F32, [QL_F16] = QK_F16, [QL_BF16] = QK_BF16};
 
 /* ---- memory ---- */
 
@@ -167,11 +152,9 @@ static void cpu_kernels(void *ctx, char *out, size_t size)
 
 /* ---- work on threads ---- */
 
-typedef void range_fn(const void *args, int64_t i0, int64_t i1, void *scratch);
-
 typedef struct {
     const cpu_context *c;
-    range_fn *fn;
+    cpu_range_fn *fn;
     const void *args;
     int64_t total, step;
 } range;
@@ -183,9 +166,7 @@ static void run_piece(void *ud, int64_t piece, int worker)
     r->fn(r->args, i0, i1, r->c->scratch + (size_t)worker * r->c->scratch_bytes);
 }
 
-/* fn over [0, total) in ranges that start at multiples of `multiple`; `work` is what one index costs, in
- * units of PIECE_WORK. Small totals stay on this thread. */
-static void for_range(const cpu_context *c, int64_t total, int64_t multiple, double work, range_fn *fn,
+void ql_cpu_for_range(const cpu_context *c, int64_t total, int64_t multiple, double work, cpu_range_fn *fn,
                       const void *args)
 {
     if (total <= 0) return;
@@ -200,8 +181,7 @@ static void for_range(const cpu_context *c, int64_t total, int64_t multiple, dou
     ql_pool_run(c->pool, run_piece, &r, (total + step - 1) / step);
 }
 
-/* Every index of a tensor must lie in [0, limit). */
-static ql_status check_indices(const char *what, const ql_tensor *t, int64_t limit, ql_err *err)
+ql_status ql_cpu_check_indices(const char *what, const ql_tensor *t, int64_t limit, ql_err *err)
 {
     const int32_t *v = t->data;
     for (int64_t i = 0; i < t->shape[0]; i++) {
@@ -224,15 +204,15 @@ static ql_status check_slots(const ql_tensor *start, const ql_tensor *pos, int64
     return QL_OK;
 }
 
-static qk_matrix as_matrix(const ql_matrix *w)
+qk_matrix ql_cpu_matrix(const ql_matrix *w)
 {
     qk_matrix m = {.n = w->n, .k = w->k, .data = w->data.data};
-    m.format = w->quant ? QK_4BIT : formats[w->data.dtype];
+    m.format = w->quant ? QK_4BIT : ql_cpu_format(w->data.dtype);
     if (!w->quant) return m;
     m.absmax = w->absmax.data;
     memcpy(m.code, w->quant->code, sizeof m.code);
     m.block = w->quant->block;
-    m.round_to = formats[w->quant->value_dtype];
+    m.round_to = ql_cpu_format(w->quant->value_dtype);
     return m;
 }
 
@@ -260,10 +240,10 @@ static void embed_range(const void *args, int64_t i0, int64_t i1, void *scratch)
 static ql_status cpu_embed(void *ctx, const ql_matrix *table, const ql_tensor *ids, ql_tensor *y, ql_err *err)
 {
     const cpu_context *c = ctx;
-    ql_status status = check_indices("token id", ids, table->n, err);
+    ql_status status = ql_cpu_check_indices("token id", ids, table->n, err);
     if (status != QL_OK) return status;
-    embed_args a = {c->qk, formats[table->data.dtype], table->data.data, ids->data, y->data, table->k};
-    for_range(c, ids->shape[0], 1, (double)table->k, embed_range, &a);
+    embed_args a = {c->qk, ql_cpu_format(table->data.dtype), table->data.data, ids->data, y->data, table->k};
+    ql_cpu_for_range(c, ids->shape[0], 1, (double)table->k, embed_range, &a);
     return QL_OK;
 }
 
@@ -288,7 +268,7 @@ static ql_status cpu_rmsnorm(void *ctx, const ql_tensor *x, const ql_tensor *w, 
     (void)err;
     const cpu_context *c = ctx;
     rmsnorm_args a = {c->qk, x->data, w->data, eps, x->shape[1], y->data};
-    for_range(c, x->shape[0], 1, (double)a.h, rmsnorm_range, &a);
+    ql_cpu_for_range(c, x->shape[0], 1, (double)a.h, rmsnorm_range, &a);
     return QL_OK;
 }
 
@@ -311,13 +291,14 @@ static ql_status cpu_matmul(void *ctx, const ql_tensor *x, const ql_matrix *w, b
                             ql_err *err)
 {
     cpu_context *c = ctx;
-    matmul_args a = {c->qk, as_matrix(w), w->bias.storage ? w->bias.data : NULL, x->data, x->shape[0],
+    matmul_args a = {c->qk, ql_cpu_matrix(w), w->bias.storage ? w->bias.data : NULL, x->data, x->shape[0],
                      add,   y->data};
     ql_status status = need_scratch(c, c->qk->matmul_scratch(&a.w, a.m), err);
     if (status != QL_OK) return status;
     c->ran |= 1u << a.w.format;
     bool wide = w->n >= (int64_t)c->qk->matmul_rows_multiple * c->threads * 4;
-    for_range(c, w->n, wide ? c->qk->matmul_rows_multiple : 16, (double)w->k * (double)a.m, matmul_range, &a);
+    ql_cpu_for_range(c, w->n, wide ? c->qk->matmul_rows_multiple : 16, (double)w->k * (double)a.m,
+                     matmul_range, &a);
     return QL_OK;
 }
 
@@ -340,10 +321,10 @@ static ql_status cpu_rope(void *ctx, ql_tensor *x, const ql_tensor *pos, const q
                           const ql_tensor *sin, int heads, ql_err *err)
 {
     const cpu_context *c = ctx;
-    ql_status status = check_indices("position", pos, cos->shape[0], err);
+    ql_status status = ql_cpu_check_indices("position", pos, cos->shape[0], err);
     if (status != QL_OK) return status;
     rope_args a = {c->qk, x->data, pos->data, cos->data, sin->data, heads, (int)(x->shape[1] / heads)};
-    for_range(c, x->shape[0], 1, 2.0 * (double)x->shape[1], rope_range, &a);
+    ql_cpu_for_range(c, x->shape[0], 1, 2.0 * (double)x->shape[1], rope_range, &a);
     return QL_OK;
 }
 
@@ -446,7 +427,7 @@ static ql_status cpu_swiglu(void *ctx, const ql_tensor *gate, const ql_tensor *u
     (void)err;
     const cpu_context *c = ctx;
     elementwise_args a = {.qk = c->qk, .a = gate->data, .b = up->data, .y = y->data};
-    for_range(c, ql_tensor_count(y), 16, 16, swiglu_range, &a);
+    ql_cpu_for_range(c, ql_tensor_count(y), 16, 16, swiglu_range, &a);
     return QL_OK;
 }
 
@@ -465,7 +446,7 @@ static ql_status cpu_binary(void *ctx, ql_binary_op op, const ql_tensor *a, cons
         [QL_BIN_ADD] = QK_ADD, [QL_BIN_SUB] = QK_SUB, [QL_BIN_MUL] = QK_MUL, [QL_BIN_DIV] = QK_DIV};
     const cpu_context *c = ctx;
     elementwise_args args = {c->qk, a->data, b ? b->data : NULL, y->data, ops[op], scalar, reversed};
-    for_range(c, ql_tensor_count(y), 16, 4, binary_range, &args);
+    ql_cpu_for_range(c, ql_tensor_count(y), 16, 4, binary_range, &args);
     return QL_OK;
 }
 
@@ -473,300 +454,13 @@ static ql_status cpu_gather_rows(void *ctx, const ql_tensor *x, const ql_tensor 
                                  ql_err *err)
 {
     (void)ctx;
-    ql_status status = check_indices("row", rows, x->shape[0], err);
+    ql_status status = ql_cpu_check_indices("row", rows, x->shape[0], err);
     if (status != QL_OK) return status;
     const int64_t h = x->shape[1];
     for (int64_t i = 0; i < rows->shape[0]; i++) {
         memcpy((float *)y->data + i * h, (const float *)x->data + ((const int32_t *)rows->data)[i] * h,
                (size_t)h * sizeof(float));
     }
-    return QL_OK;
-}
-
-/* ---- rows of logits ---- */
-
-typedef struct {
-    const void *data;
-    uint16_t mask; /* exponent of a 16-bit float; 0: the numbers are F32 */
-    int64_t *at;   /* atomic: lowest index found yet, or the count */
-} find_args;
-
-/* NaN and the infinities have every bit of the exponent set. */
-static bool is_bad(const find_args *a, int64_t i)
-{
-    if (a->mask == 0) return (((const uint32_t *)a->data)[i] & 0x7f800000u) == 0x7f800000u;
-    return (((const uint16_t *)a->data)[i] & a->mask) == a->mask;
-}
-
-static bool any_bad(const find_args *a, int64_t i0, int64_t i1)
-{
-    const uint32_t *f = a->data;
-    const uint16_t *h = a->data, mask = a->mask;
-    uint32_t bad = 0;
-    if (mask == 0) {
-        for (int64_t i = i0; i < i1; i++) bad |= (f[i] & 0x7f800000u) == 0x7f800000u;
-    } else {
-        for (int64_t i = i0; i < i1; i++) bad |= (h[i] & mask) == mask;
-    }
-    return bad != 0;
-}
-
-static void find_range(const void *args, int64_t i0, int64_t i1, void *scratch)
-{
-    (void)scratch;
-    const find_args *a = args;
-    const int64_t piece = 4096;
-    for (int64_t i = i0; i < i1; i += piece) {
-        int64_t end = i1 - i < piece ? i1 : i + piece;
-        if (!any_bad(a, i, end)) continue;
-        while (!is_bad(a, i)) i++;
-        int64_t seen = __atomic_load_n(a->at, __ATOMIC_RELAXED);
-        while (i < seen &&
-               !__atomic_compare_exchange_n(a->at, &seen, i, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-        return;
-    }
-}
-
-typedef struct {
-    const float *a, *b;
-    int64_t v;
-    int k;
-    double temperature;
-    float *values;
-    int32_t *ids;
-    double *out;
-} rows_args;
-
-static void topk_range(const void *args, int64_t i0, int64_t i1, void *scratch)
-{
-    (void)scratch;
-    const rows_args *a = args;
-    for (int64_t i = i0; i < i1; i++)
-        qk_topk(a->a + i * a->v, a->v, a->k, a->values + i * a->k, a->ids + i * a->k);
-}
-
-static ql_status cpu_topk(void *ctx, const ql_tensor *x, int k, ql_tensor *values, ql_tensor *ids,
-                          ql_err *err)
-{
-    (void)err;
-    rows_args a = {.a = x->data, .v = x->shape[1], .k = k, .values = values->data, .ids = ids->data};
-    for_range(ctx, x->shape[0], 1, 8.0 * (double)a.v, topk_range, &a);
-    return QL_OK;
-}
-
-static void logsumexp_range(const void *args, int64_t i0, int64_t i1, void *scratch)
-{
-    (void)scratch;
-    const rows_args *a = args;
-    for (int64_t i = i0; i < i1; i++) a->out[i] = qk_logsumexp(a->a + i * a->v, a->v, a->temperature);
-}
-
-static ql_status cpu_logsumexp(void *ctx, const ql_tensor *x, double temperature, ql_tensor *out, ql_err *err)
-{
-    (void)err;
-    rows_args a = {.a = x->data, .v = x->shape[1], .temperature = temperature, .out = out->data};
-    for_range(ctx, x->shape[0], 1, 64.0 * (double)a.v, logsumexp_range, &a);
-    return QL_OK;
-}
-
-typedef struct {
-    const float *x;
-    int64_t v;
-    const int32_t *targets; /* or NULL */
-    double *stats;
-    int32_t *found;
-} stats_args;
-
-static void stats_range(const void *args, int64_t i0, int64_t i1, void *scratch)
-{
-    (void)scratch;
-    const stats_args *a = args;
-    for (int64_t i = i0; i < i1; i++) {
-        const float *row = a->x + i * a->v;
-        double *stats = a->stats + 3 * i, lse = qk_logsumexp(row, a->v, 1.0), entropy = 0;
-        float largest;
-        int32_t *found = a->found + 2 * i;
-        int64_t bad = a->v;
-        find_args find = {row, 0, &bad};
-        for (int64_t j = 0; j < a->v; j++) {
-            double lnp = (double)row[j] - lse;
-            entropy -= exp(lnp) * lnp;
-        }
-        qk_topk(row, a->v, 1, &largest, &found[0]);
-        find_range(&find, 0, a->v, NULL);
-        found[1] = bad < a->v ? (int32_t)bad : -1;
-        stats[0] = lse;
-        stats[1] = entropy;
-        stats[2] = a->targets ? (double)row[a->targets[i]] : 0;
-    }
-}
-
-static ql_status cpu_row_stats(void *ctx, const ql_tensor *x, const ql_tensor *targets, ql_tensor *stats,
-                               ql_tensor *found, ql_err *err)
-{
-    if (targets) QL_TRY(check_indices("target", targets, x->shape[1], err));
-    stats_args a = {x->data, x->shape[1], targets ? targets->data : NULL, stats->data, found->data};
-    for_range(ctx, x->shape[0], 1, 128.0 * (double)a.v, stats_range, &a);
-    return QL_OK;
-}
-
-static void softmax_range(const void *args, int64_t i0, int64_t i1, void *scratch)
-{
-    (void)scratch;
-    const rows_args *a = args;
-    for (int64_t i = i0; i < i1; i++) qk_softmax(a->a + i * a->v, a->v, a->temperature, a->values + i * a->v);
-}
-
-static ql_status cpu_softmax(void *ctx, const ql_tensor *x, double temperature, ql_tensor *y, ql_err *err)
-{
-    (void)err;
-    rows_args a = {.a = x->data, .v = x->shape[1], .temperature = temperature, .values = y->data};
-    for_range(ctx, x->shape[0], 1, 128.0 * (double)a.v, softmax_range, &a);
-    return QL_OK;
-}
-
-static void kl_range(const void *args, int64_t i0, int64_t i1, void *scratch)
-{
-    (void)scratch;
-    const rows_args *a = args;
-    for (int64_t i = i0; i < i1; i++) a->out[i] = qk_kl(a->a + i * a->v, a->b + i * a->v, a->v);
-}
-
-static ql_status cpu_kl(void *ctx, const ql_tensor *p, const ql_tensor *q, ql_tensor *out, ql_err *err)
-{
-    (void)err;
-    rows_args a = {.a = p->data, .b = q->data, .v = p->shape[1], .out = out->data};
-    for_range(ctx, p->shape[0], 1, 192.0 * (double)a.v, kl_range, &a);
-    return QL_OK;
-}
-
-static ql_status cpu_gather_cols(void *ctx, const ql_tensor *x, const ql_tensor *cols, ql_tensor *out,
-                                 ql_err *err)
-{
-    (void)ctx;
-    ql_status status = check_indices("column", cols, x->shape[1], err);
-    if (status != QL_OK) return status;
-    for (int64_t i = 0; i < x->shape[0]; i++) {
-        ((float *)out->data)[i] =
-            ((const float *)x->data)[i * x->shape[1] + ((const int32_t *)cols->data)[i]];
-    }
-    return QL_OK;
-}
-
-/* ---- stored formats ---- */
-
-typedef struct {
-    const qk_cpu *qk;
-    qk_format from, to;
-    const void *src;
-    void *dst;
-    int64_t n;
-    int block, zero_code;
-    const float *thresholds;
-    const uint8_t *order;
-    float *absmax;
-    qk_matrix w;
-} format_args;
-
-static void convert_range(const void *args, int64_t i0, int64_t i1, void *scratch)
-{
-    (void)scratch;
-    const format_args *a = args;
-    a->qk->convert(a->from, a->src, a->to, a->dst, i0, i1);
-}
-
-static ql_status cpu_convert(void *ctx, const ql_tensor *src, ql_tensor *dst, ql_err *err)
-{
-    (void)err;
-    const cpu_context *c = ctx;
-    format_args a = {.qk = c->qk,
-                     .from = formats[src->dtype],
-                     .to = formats[dst->dtype],
-                     .src = src->data,
-                     .dst = dst->data};
-    for_range(c, ql_tensor_count(src), 64, 2, convert_range, &a);
-    return QL_OK;
-}
-
-static ql_status cpu_find_bad(void *ctx, const ql_tensor *x, int64_t *at, ql_err *err)
-{
-    (void)err;
-    int64_t count = ql_tensor_count(x), first = count;
-    find_args a = {x->data, x->dtype == QL_F32 ? 0 : x->dtype == QL_F16 ? 0x7c00 : 0x7f80, &first};
-    for_range(ctx, count, 64, 1, find_range, &a);
-    *at = first < count ? first : -1;
-    return QL_OK;
-}
-
-typedef struct {
-    const qk_cpu *qk;
-    uint64_t seed, first;
-    qk_format to;
-    char *y;
-} random_args;
-
-static void random_range(const void *args, int64_t i0, int64_t i1, void *scratch)
-{
-    (void)scratch;
-    const random_args *a = args;
-    float numbers[1024];
-    for (int64_t i = i0; i < i1; i += 1024) {
-        int64_t n = i1 - i < 1024 ? i1 - i : 1024;
-        for (int64_t j = 0; j < n; j++) numbers[j] = qk_random_normal(a->seed, a->first + (uint64_t)(i + j));
-        a->qk->convert(QK_F32, numbers, a->to, a->y + i * (a->to == QK_F32 ? 4 : 2), 0, n);
-    }
-}
-
-static ql_status cpu_random(void *ctx, uint64_t seed, uint64_t first, ql_tensor *y, ql_err *err)
-{
-    (void)err;
-    const cpu_context *c = ctx;
-    random_args a = {c->qk, seed, first, formats[y->dtype], y->data};
-    for_range(c, ql_tensor_count(y), 1024, 8, random_range, &a);
-    return QL_OK;
-}
-
-static void quantize4_range(const void *args, int64_t i0, int64_t i1, void *scratch)
-{
-    (void)scratch;
-    const format_args *a = args;
-    a->qk->quantize4(a->from, a->src, a->n, a->block, a->thresholds, a->order, a->zero_code, a->dst,
-                     a->absmax, i0, i1);
-}
-
-static ql_status cpu_quantize4(void *ctx, const ql_tensor *src, int block, const float *thresholds,
-                               const uint8_t *order, int zero_code, ql_tensor *packed, ql_tensor *absmax,
-                               ql_err *err)
-{
-    (void)err;
-    const cpu_context *c = ctx;
-    format_args a = {.qk = c->qk,
-                     .from = formats[src->dtype],
-                     .src = src->data,
-                     .dst = packed->data,
-                     .n = ql_tensor_count(src),
-                     .block = block,
-                     .zero_code = zero_code,
-                     .thresholds = thresholds,
-                     .order = order,
-                     .absmax = absmax->data};
-    for_range(c, (a.n + block - 1) / block, 1, 16.0 * block, quantize4_range, &a);
-    return QL_OK;
-}
-
-static void dequantize4_range(const void *args, int64_t i0, int64_t i1, void *scratch)
-{
-    (void)scratch;
-    const format_args *a = args;
-    a->qk->dequantize4(&a->w, a->to, a->dst, i0, i1);
-}
-
-static ql_status cpu_dequantize4(void *ctx, const ql_matrix *w, ql_tensor *dst, ql_err *err)
-{
-    (void)err;
-    const cpu_context *c = ctx;
-    format_args a = {.qk = c->qk, .to = formats[dst->dtype], .dst = dst->data, .w = as_matrix(w)};
-    for_range(c, ql_tensor_count(dst), w->quant->block, 4, dequantize4_range, &a);
     return QL_OK;
 }
 
@@ -794,16 +488,16 @@ const ql_backend ql_backend_cpu = {
     .attention = cpu_attention,
     .swiglu = cpu_swiglu,
     .gather_rows = cpu_gather_rows,
-    .topk = cpu_topk,
-    .logsumexp = cpu_logsumexp,
-    .row_stats = cpu_row_stats,
-    .softmax = cpu_softmax,
-    .gather_cols = cpu_gather_cols,
-    .kl = cpu_kl,
+    .topk = ql_cpu_topk,
+    .logsumexp = ql_cpu_logsumexp,
+    .row_stats = ql_cpu_row_stats,
+    .softmax = ql_cpu_softmax,
+    .gather_cols = ql_cpu_gather_cols,
+    .kl = ql_cpu_kl,
     .binary = cpu_binary,
-    .convert = cpu_convert,
-    .find_bad = cpu_find_bad,
-    .random = cpu_random,
-    .quantize4 = cpu_quantize4,
-    .dequantize4 = cpu_dequantize4,
+    .convert = ql_cpu_convert,
+    .find_bad = ql_cpu_find_bad,
+    .random = ql_cpu_random,
+    .quantize4 = ql_cpu_quantize4,
+    .dequantize4 = ql_cpu_dequantize4,
 };
