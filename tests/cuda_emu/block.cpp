@@ -7,8 +7,10 @@
  * thread, and the process aborted.
  */
 #include "block.h"
+#include "device.h"
 #include "fiber.h"
 
+#include <link.h>
 #include <stdarg.h>
 #include <stdio.h>
 
@@ -54,7 +56,37 @@ uint64_t order_state;
 
 unsigned char *shared_memory;
 size_t shared_bytes;
+#if defined(__SANITIZE_ADDRESS__)
+const size_t shared_guard = 0; /* it has its own, and says who wrote */
+#else
 const size_t shared_guard = 128;
+#endif
+
+/* Where static shared memory lies: the thread-local storage of the object that this code and the kernels are
+ * linked into, which holds nothing else but emu_thread. */
+struct static_memory {
+    char *first;
+    size_t bytes;
+} static_shared;
+
+int find_static(dl_phdr_info *info, size_t, void *)
+{
+    const char *mine = (const char *)&emu_thread, *first = (const char *)info->dlpi_tls_data;
+    for (int i = 0; first && i < info->dlpi_phnum; i++) {
+        size_t bytes = info->dlpi_phdr[i].p_memsz;
+        if (info->dlpi_phdr[i].p_type != PT_TLS || mine < first || mine >= first + bytes) continue;
+        static_shared = {(char *)info->dlpi_tls_data, bytes};
+        return 1;
+    }
+    return 0;
+}
+
+void spoil_static(void)
+{
+    emu_thread_state kept = emu_thread;
+    memset(static_shared.first, 0xff, static_shared.bytes);
+    emu_thread = kept;
+}
 
 /* SplitMix64 (Steele, Lea & Flood 2014). */
 uint64_t draw(void)
@@ -189,6 +221,7 @@ void reset_thread(int i)
 void run_block(std::vector<uint32_t> &warps, std::vector<uint32_t> &lanes)
 {
     memset(shared_memory, 0xff, shared_bytes + shared_guard);
+    spoil_static();
     for (int i = 0; i < count; i++) reset_thread(i);
     waiting = votes = voters = 0;
     arrange(warps, (size_t)(count + 31) / 32);
@@ -211,6 +244,7 @@ void emu_run_grid(dim3 grid, dim3 block, size_t shared, const std::function<void
 {
     std::vector<uint32_t> blocks, warps, lanes;
     read_order();
+    if (!dl_iterate_phdr(find_static, nullptr)) emu_fail("where is the thread-local storage?");
     gridDim = grid;
     blockDim = block;
     body = &kernel;

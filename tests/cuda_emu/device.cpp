@@ -23,8 +23,6 @@ typedef std::lock_guard<std::recursive_mutex> locked;
 std::map<uintptr_t, allocation> allocations; /* by address */
 const int most_devices = 16;
 size_t used[most_devices];
-thread_local int current;
-thread_local cudaError_t last_error;
 cudaError_t fault; /* no call works after it */
 long launches, runs;
 std::string settings_text;
@@ -128,6 +126,8 @@ size_t shared_limit(int sm)
 }
 } // namespace
 
+thread_local emu_thread_state emu_thread;
+
 const emu_settings &emu_read_settings(void)
 {
     locked hold(lock);
@@ -142,7 +142,7 @@ const emu_settings &emu_read_settings(void)
 
 cudaError_t emu_return(cudaError_t error)
 {
-    if (error) last_error = error;
+    if (error) emu_thread.last_error = error;
     return error;
 }
 
@@ -150,13 +150,8 @@ cudaError_t emu_ready(void)
 {
     const emu_settings &s = emu_read_settings();
     if (s.missing) return s.missing;
-    if (current >= s.devices) return cudaErrorInvalidDevice;
+    if (emu_thread.device >= s.devices) return cudaErrorInvalidDevice;
     return fault;
-}
-
-int emu_current_device(void)
-{
-    return current;
 }
 
 size_t emu_shared_limit(void)
@@ -273,14 +268,14 @@ const char *cudaGetErrorName(cudaError_t error)
 
 cudaError_t cudaGetLastError(void)
 {
-    cudaError_t error = last_error;
-    last_error = fault;
+    cudaError_t error = emu_thread.last_error;
+    emu_thread.last_error = fault;
     return error;
 }
 
 cudaError_t cudaPeekAtLastError(void)
 {
-    return last_error;
+    return emu_thread.last_error;
 }
 
 /* ---- devices ---- */
@@ -294,7 +289,7 @@ cudaError_t cudaGetDeviceCount(int *out)
 
 cudaError_t cudaGetDevice(int *out)
 {
-    *out = current;
+    *out = emu_thread.device;
     return emu_return(emu_read_settings().missing);
 }
 
@@ -303,7 +298,7 @@ cudaError_t cudaSetDevice(int device)
     const emu_settings &s = emu_read_settings();
     if (s.missing) return emu_return(s.missing);
     if (device < 0 || device >= s.devices) return emu_return(cudaErrorInvalidDevice);
-    current = device;
+    emu_thread.device = device;
     return emu_return(fault);
 }
 
@@ -427,7 +422,7 @@ cudaError_t cudaMemGetInfo(size_t *free, size_t *total)
     if (error) return emu_return(error);
     locked hold(lock);
     *total = settings.memory;
-    *free = settings.memory > used[current] ? settings.memory - used[current] : 0;
+    *free = settings.memory > used[emu_thread.device] ? settings.memory - used[emu_thread.device] : 0;
     return cudaSuccess;
 }
 
@@ -439,7 +434,7 @@ static cudaError_t device_malloc(void **p, size_t bytes)
     *p = nullptr;
     if (bytes == 0) return cudaSuccess;
     if (bytes > free) return emu_return(cudaErrorMemoryAllocation);
-    return emu_return(take(p, bytes, current));
+    return emu_return(take(p, bytes, emu_thread.device));
 }
 
 cudaError_t cudaMalloc(void **p, size_t bytes)

@@ -13,11 +13,17 @@ struct emu_settings {
 };
 const emu_settings &emu_read_settings(void);
 
+/* What the runtime keeps of each thread of the host, in one place because block.cpp must spare it. */
+struct emu_thread_state {
+    int device;
+    cudaError_t last_error;
+};
+extern thread_local emu_thread_state emu_thread;
+
 /* Remember an error for cudaGetLastError and pass it on. */
 cudaError_t emu_return(cudaError_t error);
 /* cudaSuccess, or why nothing can be done on the current device: none there, or a kernel has faulted. */
 cudaError_t emu_ready(void);
-int emu_current_device(void);
 /* Opt-in limit of dynamic shared memory of the current device. */
 size_t emu_shared_limit(void);
 
