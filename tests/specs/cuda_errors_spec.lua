@@ -201,20 +201,20 @@ describe("an experiment", function()
     assert.equal(stopped, document.run.stopped)
     holds(out, "Imaginary GPU", "wrote ")
 
-    out, err, code, folder = example("fault=400", "jaccard.lua --limit 40 --batch_size 8")
+    out, err, code, folder = example("fault=300", "jaccard.lua --limit 12 --batch_size 4 --k 1")
     assert.equal(1, code)
     holds(err, "jaccard.lua: " .. stopped)
     document = result(folder, "jaccard_results")
-    assert.equal(40, document.questions)
-    assert.is_true(document.results["jaccard@1"].n > 0 and document.results["jaccard@1"].n < 40)
+    assert.equal(12, document.questions)
+    assert.is_true(document.results["jaccard@1"].n > 0 and document.results["jaccard@1"].n < 12)
     holds(out, "not reached")
 
-    out, err, code, folder = example("fault=200", "mmlu.lua --limit 40 --batch_size 8 --mode loglikelihood")
+    out, err, code, folder = example("fault=100", "mmlu.lua --limit 12 --batch_size 4 --mode loglikelihood")
     assert.equal(1, code)
     holds(err, "mmlu.lua: " .. stopped)
     document = result(folder .. "/demo__nf4", "results_")
     local row = document.results.mmlu_lantern_isles
-    assert.is_true(row.sample_len > 0 and row.sample_len < 40)
+    assert.is_true(row.sample_len > 0 and row.sample_len < 12)
     holds(table.concat(row.kernels, " "), "matmul_4bit_", "attention_")
     holds(out, "accuracy")
 
@@ -226,7 +226,7 @@ describe("an experiment", function()
     assert.equal(15 * document.protocol.windows, document.results.n)
     holds(out, "(interrupted)")
 
-    local _, message, last = example("fault=30", "codebook.lua --limit 8")
+    local _, message, last = example("fault=30", "codebook.lua --limit 4")
     assert.equal(1, last)
     holds(message, "codebook.lua: " .. stopped)
   end)
@@ -267,6 +267,36 @@ describe("the real backend over an emulated runtime", function()
       print(select(2, qlua.device "cuda:2"))
     ]], emulated "devices=2,memory=1000000000")
     holds(text, "cuda:0\tdriver ", "cuda:1\tdriver ", "\t1000000000\n", "cuda:0 and cuda:1")
+  end)
+
+  it("says of a batch that does not fit what it needed and what was free, and takes the next", function()
+    if_built()
+    local text = output([[
+      local device <close> = assert(require("qlua").device "cuda")
+      local model <close> = assert(device:load "tests/golden/models/llama3_bf16")
+      local before, row, many = device:memory().free, {}, {}
+      for i = 1, 32 do row[i] = i end
+      for i = 1, 512 do many[i] = row end
+      local logits, err = model:forward(many)
+      print(logits, err.code, err)
+      local small <close> = assert(model:forward { 1, 2, 3 })
+      print(small:size(1), device:sync(), before - device:memory().free < 4 << 20)
+    ]], emulated "memory=8000000")
+    assert.matches("^nil\tmemory\tcuda:0 is out of memory: %d+ bytes %b() needed, %d+ %b() of 7.6 MiB free",
+      text)
+    holds(text, "\n3\ttrue\ttrue\n")
+  end)
+
+  it("is what experiments run on, with the kernels that ran in their files", function()
+    if_built()
+    local folder = support.folder()
+    local _, err, code = shell(("%s '%s' examples/jaccard.lua --device cuda --limit 1 --output_path %s")
+      :format(emulated "devices=1", support.QLUA, folder))
+    assert.equal(0, code, err)
+    local run = result(folder, "jaccard_results").run
+    assert.equal("fast", run.numerics)
+    assert.equal("sm_90", run.device.isa)
+    holds(table.concat(run.kernels, "; "), "4-bit", "16-bit", "flash")
   end)
 
   it("refuses the device after a fault, and names the operation once", function()
