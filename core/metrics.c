@@ -43,6 +43,7 @@ static ql_status check_finite(const view *v, const char *what, ql_err *err)
 /* `what` is "" or a word and a blank that tells two operands apart. */
 static ql_status view_open(const ql_tensor *t, const char *what, view *v, ql_err *err)
 {
+    *v = (view){0};
     if (!t || !t->storage || t->dtype != QL_F32 || t->ndim != 2 || t->shape[1] < 1)
         return ql_err_set(err, QL_ERR_ARG, "%slogits must be a float32 tensor [rows, vocabulary]", what);
     *v = (view){t, t->shape[0], t->shape[1]};
@@ -51,6 +52,7 @@ static ql_status view_open(const ql_tensor *t, const char *what, view *v, ql_err
 
 static ql_status view_open_pair(const ql_tensor *a, const ql_tensor *b, view *va, view *vb, ql_err *err)
 {
+    *vb = (view){0};
     QL_TRY(view_open(a, "reference ", va, err));
     QL_TRY(view_open(b, "tested ", vb, err));
     if (va->rows == vb->rows && va->cols == vb->cols) return QL_OK;
