@@ -11,6 +11,8 @@
 ---   flops    two a weight and token (the head: last tokens only), attention counted
 ---   shares   of the ceilings, "a / b": a is median by median; b is 90th percentile by 90th percentile, which
 ---            a busy machine spoils less. Above 100 % of the bandwidth the weights come from the caches.
+---
+--- That is the CPU's; --device cuda measures other things against other limits, see bench_device.lua.
 
 local cli = require "qlua.cli"
 local json = require "qlua.json"
@@ -48,22 +50,31 @@ end
 
 local opts = cli.parse {
   name = NAME,
-  summary = "Tokens per second of prefill and decode with random weights in known shapes, beside this "
-    .. "machine's read bandwidth and float32 multiply-add peak.",
+  summary = "Tokens per second of prefill and decode with random weights in known shapes, beside what this "
+    .. "machine reached in reading memory and in arithmetic in the same run.",
   options = {
-    { "shape", kind = "strings", default = { "llama-3.2-1b" }, metavar = "NAME,...", check = one_of(shapes),
-      help = "shapes of known models; one that does not fit into the memory is left out" },
-    { "formats", kind = "strings", default = { "f32", "bf16", "nf4" }, metavar = "NAME,...",
-      check = one_of(FORMATS), help = "how the linear layers are stored; also f16, fp4" },
-    { "batch_sizes", short = "b", kind = "integers", default = { 1, 4, 16 }, min = 1, max = 1024,
-      help = "rows at once" },
-    { "prefill", kind = "integer", default = 128, min = 1, max = 100000, help = "tokens of each prompt" },
+    { "device", default = "cpu", help = "cpu, cuda or cuda:N" },
+    "numerics",
+    { "shape", kind = "strings", metavar = "NAME,...", check = one_of(shapes),
+      help = "shapes of known models (default: llama-3.2-1b, on another device llama-3-8b); one that does "
+        .. "not fit into the memory is left out" },
+    { "formats", kind = "strings", metavar = "NAME,...", check = one_of(FORMATS),
+      help = "how the linear layers are stored (default: f32,bf16,nf4, on another device bf16,nf4); also "
+        .. "f16, fp4" },
+    { "batch_sizes", short = "b", kind = "integers", min = 1, max = 1024,
+      help = "rows at once (default: 1,4,16, on another device 1,2,4,8,16,32)" },
+    { "prefill", kind = "integer", default = 128, min = 1, max = 100000,
+      help = "CPU: tokens of each prompt" },
+    { "prefills", kind = "integers", default = { 128, 512 }, min = 1, max = 100000,
+      help = "other devices: tokens of the prompts whose prefill is timed" },
+    { "context", kind = "integer", default = 512, min = 1, max = 100000,
+      help = "other devices: tokens before the steps of decode" },
     { "decode", kind = "integer", default = 64, min = 1, max = 100000, help = "steps after it" },
     { "rounds", kind = "integer", default = 5, min = 1, max = 1000, help = "turns of each format and batch" },
     { "layers", kind = "integer", min = 1, max = 1000,
       help = "keep so many layers of the shape only; then no whole model's speed" },
-    { "quick", kind = "flag", help = "2 rounds, batch sizes 1 and 4, 16 steps of decode, whatever else is "
-      .. "said" },
+    { "quick", kind = "flag", help = "2 rounds and 16 steps of decode, on the CPU batch sizes 1 and 4, "
+      .. "whatever else is said" },
     { "buffer", kind = "integer", default = 512, min = 16, max = 1 << 20, metavar = "MIB",
       help = "MiB read to measure the bandwidth: many times the caches" },
     "threads", "seed",
@@ -71,7 +82,12 @@ local opts = cli.parse {
       help = "how the rows are printed" },
   },
 }
-if opts.quick then opts.rounds, opts.batch_sizes, opts.decode = 2, { 1, 4 }, 16 end
+local on_cpu <const> = opts.device == "cpu"
+opts.shape = opts.shape or { on_cpu and "llama-3.2-1b" or "llama-3-8b" }
+opts.formats = opts.formats or on_cpu and { "f32", "bf16", "nf4" } or { "bf16", "nf4" }
+opts.batch_sizes = opts.batch_sizes or on_cpu and { 1, 4, 16 } or { 1, 2, 4, 8, 16, 32 }
+if opts.quick then opts.rounds, opts.decode = 2, 16 end
+if opts.quick and on_cpu then opts.batch_sizes = { 1, 4 } end
 
 local probe_bytes <const> = opts.buffer << 20
 
@@ -79,6 +95,16 @@ local function must(value, err)
   if not value then cli.fail(NAME, err) end
   return value
 end
+
+local function csv_cell(value)
+  if type(value) == "number" then
+    return math.type(value) == "float" and ("%.6g"):format(value) or tostring(value)
+  end
+  local text = tostring(value)
+  return text:find '[,"\n]' and '"' .. text:gsub('"', '""') .. '"' or text
+end
+
+if not on_cpu then return require "bench_device"(opts, FORMATS, must, csv_cell) end
 
 local device <close> = must(qlua.device("cpu", { threads = opts.threads }))
 local machine = device:info()
@@ -294,14 +320,6 @@ local function flat_rows()
     list[i] = row
   end
   return list
-end
-
-local function csv_cell(value)
-  if type(value) == "number" then
-    return math.type(value) == "float" and ("%.6g"):format(value) or tostring(value)
-  end
-  local text = tostring(value)
-  return text:find '[,"\n]' and '"' .. text:gsub('"', '""') .. '"' or text
 end
 
 local PRINT <const> = {

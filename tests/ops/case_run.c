@@ -41,7 +41,7 @@ static ql_status random_tensor(ops_run *run, uint64_t seed, float deviation, ql_
     QL_TRY(new_tensor(run, dtype, rows, cols, out, err));
     if (!run->dev->backend->random)
         return ql_err_set(err, QL_ERR_UNSUPPORTED, "%s makes no random numbers", run->dev->label);
-    QL_TRY(run->dev->backend->random(run->dev->ctx, seed, 0, out, err));
+    QL_TRY(ql_op_random(seed, 0, out, err));
     if (dtype != QL_F32) return QL_OK;
     return ql_op_binary_scalar(QL_BIN_MUL, out, deviation * 50, false, out, err);
 }
@@ -81,20 +81,20 @@ static ql_status new_indices(ops_run *run, int64_t count, int64_t below, ql_tens
 
 /* ---- weights ---- */
 
-/* Change the codes' order to what the device's products like. */
-static ql_status pack(ops_run *run, ql_matrix *w, ql_err *err)
+/* Put codes that quantizing left in the device's own order back into bitsandbytes'. */
+static ql_status unpack(ops_run *run, ql_matrix *w, ql_err *err)
 {
-    const ql_backend *b = run->dev->backend;
-    if (!b->pack4 || w->layout) return QL_OK;
-    ql_tensor packed;
-    QL_TRY(new_tensor(run, QL_U8, ql_tensor_count(&w->data), 0, &packed, err));
-    ql_status status = b->pack4(run->dev->ctx, w, &packed, &w->layout, err);
-    if (status == QL_OK && w->layout) {
-        ql_tensor before = w->data;
-        w->data = packed;
-        packed = before;
+    ql_tensor plain;
+    if (!w->layout) return QL_OK;
+    QL_TRY(new_tensor(run, QL_U8, ql_tensor_count(&w->data), 0, &plain, err));
+    ql_status status = run->dev->backend->unpack4(run->dev->ctx, w, &plain, err);
+    if (status == QL_OK) {
+        ql_tensor_free(&w->data);
+        w->data = plain;
+        w->layout = 0;
+        return QL_OK;
     }
-    ql_tensor_free(&packed);
+    ql_tensor_free(&plain);
     return status;
 }
 
@@ -124,7 +124,7 @@ static ql_status make_weight(ops_run *run, int copy, ql_matrix *w, ql_err *err)
     ql_status status = make_spec(c->format, &spec, err);
     if (status == QL_OK) status = ql_quant_matrix(&dense, &spec, NULL, w, err);
     ql_matrix_free(&dense);
-    if (status == QL_OK && !c->rows && c->kind != OPS_PACK4) status = pack(run, w, err);
+    if (status == QL_OK && (c->rows || c->kind == OPS_PACK4)) status = unpack(run, w, err);
     return status;
 }
 
