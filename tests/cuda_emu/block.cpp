@@ -44,8 +44,17 @@ struct thread {
     int group;
 };
 
-std::vector<thread *> threads; /* grows to the largest block */
-std::vector<emu_hand> hands;   /* [warps * 32] */
+/* Grows to the largest block. */
+struct thread_pool : std::vector<thread *> {
+    ~thread_pool()
+    {
+        for (thread *t : *this) {
+            fiber_free(t->stack);
+            delete t;
+        }
+    }
+} threads;
+std::vector<emu_hand> hands; /* [warps * 32] */
 thread *now;
 const std::function<void()> *body;
 int count, waiting, votes, voters; /* threads of the block; at the barrier; predicates that held there */

@@ -73,10 +73,15 @@ static void start(void)
     abort();
 }
 
+static size_t page_bytes(void)
+{
+    return (size_t)sysconf(_SC_PAGESIZE);
+}
+
 fiber *fiber_new(void (*entry)(void *), void *argument)
 {
     fiber *f = (fiber *)calloc(1, sizeof *f);
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t page = page_bytes();
     void *memory = mmap(nullptr, STACK_BYTES + page, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
     if (!f || memory == MAP_FAILED || mprotect(memory, page, PROT_NONE)) { /* overflow faults */
@@ -99,6 +104,13 @@ fiber *fiber_new(void (*entry)(void *), void *argument)
     makecontext(&f->own, start, 0);
 #endif
     return f;
+}
+
+void fiber_free(fiber *f)
+{
+    size_t page = page_bytes();
+    munmap(f->stack - page, STACK_BYTES + page);
+    free(f);
 }
 
 void fiber_resume(fiber *f)
