@@ -42,7 +42,7 @@ template <bool WIDE> __device__ __forceinline__ double row_max(const float *row,
     return qk_block_reduce<largest_or_nan>(max, -INFINITY);
 }
 
-/* exp((x - max) / temperature). Division takes as long as half an exponential, and by 1 it changes nothing.
+/* exp((x - max) / temperature). A division by 1 changes nothing, and is left out.
  */
 __device__ __forceinline__ double share(float x, double max, double temperature)
 {

@@ -3,6 +3,14 @@
 
 #include "qk_nf4.h"
 
+/* Of a block, which is a power of two: indices are shifted, not divided. */
+static int log2_of(int power)
+{
+    int shift = 0;
+    while (power > 1 << shift) shift++;
+    return shift;
+}
+
 /* ---- encoding ---- */
 
 enum {
@@ -42,7 +50,7 @@ __device__ __forceinline__ float group_largest(float a, int lanes)
 /* A thread encodes eight weights, which lie in one block; block / 8 threads share an absmax. */
 template <qk_format F, bool WIDE>
 static __global__ void __launch_bounds__(QUANTIZE_THREADS)
-    quantize4(const void *src, int64_t n, int block, encoder e, uint8_t *packed, float *absmax)
+    quantize4(const void *src, int64_t n, int shift, encoder e, uint8_t *packed, float *absmax)
 {
     qk_wait_earlier();
     qk_next_may_start();
@@ -51,9 +59,9 @@ static __global__ void __launch_bounds__(QUANTIZE_THREADS)
     qk_load8<F, WIDE>(src, i, n, v);
 #pragma unroll
     for (int j = 0; j < 8; j++) a = fabsf(v[j]) > a ? fabsf(v[j]) : a; /* a NaN is no maximum */
-    a = group_largest(a, block / 8);
+    a = group_largest(a, 1 << shift >> 3);
     if (i >= n) return;
-    if (i % block == 0) absmax[i / block] = a;
+    if (i >> shift << shift == i) absmax[i >> shift] = a;
     const float inverse = 1.0f / a;
     uint32_t word = 0;
 #pragma unroll
@@ -71,13 +79,13 @@ static __global__ void __launch_bounds__(QUANTIZE_THREADS)
 }
 
 template <qk_format F>
-static int launch_quantize(qk_stream stream, const void *src, int64_t n, int block, const encoder &e,
+static int launch_quantize(qk_stream stream, const void *src, int64_t n, int shift, const encoder &e,
                            uint8_t *packed, float *absmax)
 {
     bool wide = qk_is_wide(src) && qk_is_wide(packed);
     return qk_launch(wide ? quantize4<F, true> : quantize4<F, false>,
                      dim3((unsigned)qk_ceil_div(n, QUANTIZE_SPAN)), dim3(QUANTIZE_THREADS), 0, stream, src, n,
-                     block, e, packed, absmax);
+                     shift, e, packed, absmax);
 }
 
 int qk_cuda_quantize4(qk_stream stream, qk_format from, const void *src, int64_t n, int block,
@@ -91,11 +99,11 @@ int qk_cuda_quantize4(qk_stream stream, qk_format from, const void *src, int64_t
     e.zero_code = (unsigned)zero_code;
     switch (from) {
     case QK_F32:
-        return launch_quantize<QK_F32>(stream, src, n, block, e, packed, absmax);
+        return launch_quantize<QK_F32>(stream, src, n, log2_of(block), e, packed, absmax);
     case QK_F16:
-        return launch_quantize<QK_F16>(stream, src, n, block, e, packed, absmax);
+        return launch_quantize<QK_F16>(stream, src, n, log2_of(block), e, packed, absmax);
     case QK_BF16:
-        return launch_quantize<QK_BF16>(stream, src, n, block, e, packed, absmax);
+        return launch_quantize<QK_BF16>(stream, src, n, log2_of(block), e, packed, absmax);
     default:
         return cudaErrorInvalidValue;
     }
@@ -110,7 +118,7 @@ typedef struct {
     const uint8_t *data, *absmax8;
     const float *absmax, *nested;
     float code[16];
-    int shift, nested_shift; /* blocks are powers of two */
+    int shift, nested_shift; /* of a block and a nested block */
     int64_t n, k;
 } decoder;
 
@@ -204,13 +212,6 @@ static int launch_dequantize_to(qk_stream stream, const decoder &d, bool tiles, 
     default:
         return cudaErrorInvalidValue;
     }
-}
-
-static int log2_of(int power)
-{
-    int shift = 0;
-    while (power > 1 << shift) shift++;
-    return shift;
 }
 
 int qk_cuda_dequantize4(qk_stream stream, const qk_cuda_weight *weight, qk_format to, void *dst)
