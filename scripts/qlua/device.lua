@@ -54,12 +54,13 @@ function device.summary(samples)
 end
 
 --- Times `fn`: `warmup` calls that do not count, then at least `runs` calls and `min_seconds` seconds, the
---- device synchronised before each reading of the clock.
+--- device synchronised before each reading of the clock. A device that has failed gives its error.
 ---@param fn function
 ---@param options? { warmup: integer?, runs: integer?, min_seconds: number? }
 ---@return { median: number, mean: number, sd: number, p10: number, p90: number, min: number, max: number, n:
 ---  integer,
----  samples: number[] }  seconds
+---  samples: number[] }?  seconds
+---@return qlua.failure?
 function device:time(fn, options)
   options = options or {}
   for key in pairs(options) do
@@ -71,10 +72,12 @@ function device:time(fn, options)
   for _ = 1, options.warmup or 3 do fn() end
   local samples, spent = {}, 0
   while #samples < runs or spent < least do
-    self:sync()
+    local ready, err = self:sync()
+    if not ready then return nil, err end
     local begin = sys.time()
     fn()
-    self:sync()
+    ready, err = self:sync()
+    if not ready then return nil, err end
     local seconds = sys.time() - begin
     samples[#samples + 1] = seconds
     spent = spent + seconds

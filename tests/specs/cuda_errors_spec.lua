@@ -116,6 +116,23 @@ describe("a CUDA plug-in", function()
   end)
 end)
 
+describe("a device that has failed", function()
+  it("says so in whatever it is asked for, and can be closed", function()
+    local text = output([[
+      local device <close> = assert(require("qlua").device "cuda")
+      local model <close> = assert(device:load "tests/golden/models/llama3_bf16")
+      local _, first = model:forward { 1, 2, 3 }
+      print(first.code, first)
+      for _, name in ipairs { "info", "memory", "sync" } do print(select(2, device[name](device)).code) end
+      print(select(2, device:time(function() end)))
+      print(select(2, model:forward { 1 }))
+    ]], fake "fault=1")
+    holds(text, "device\tmatmul: an illegal memory access was encountered\ndevice\ndevice\ndevice\n",
+      "\nthe device is refused after a fault in matmul (start again)\n")
+    assert.is_nil(text:find("nil", 1, true), text)
+  end)
+end)
+
 describe("qlua doctor", function()
   local function doctor(environment)
     local out, err, code = shell(("%s '%s' doctor"):format(environment, support.QLUA))

@@ -28,7 +28,7 @@ describe("a device that is not there", function()
       if device then
         device:close()
       else
-        failed(device, err, ("device '%s'"):format(name), "cpu")
+        failed(device, err, ("device '%s'"):format(name), #qlua.devices() > 1 and "cuda:0" or "--device cpu")
       end
     end
     local device, err = qlua.device "gpu"

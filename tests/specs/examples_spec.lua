@@ -158,7 +158,7 @@ describe("bad input", function()
     end
   end)
 
-  it("a device that is not there", function() refused({ "cuda" }, "jaccard", "--device", "cuda") end)
+  it("a device that is not there", function() refused({ "cuda:99" }, "jaccard", "--device", "cuda:99") end)
 
   it("results that cannot be written", function()
     local path = write("occupied", "a file")
