@@ -9,8 +9,7 @@ template <int SLAB, bool WIDE>
 __device__ __forceinline__ void store_chunk(qk_format to, uint16_t *dst, int64_t row, int64_t i, int64_t k,
                                             const float v[8])
 {
-    const uint4 packed = make_uint4(qk_round_pair(to, v[0], v[1]), qk_round_pair(to, v[2], v[3]),
-                                    qk_round_pair(to, v[4], v[5]), qk_round_pair(to, v[6], v[7]));
+    const uint4 packed = qk_round_eight(to, v);
     if constexpr (SLAB != 0) {
         *(uint4 *)(dst + qk_fragment_index(row, i, k, SLAB)) = packed;
     } else if (WIDE) {
