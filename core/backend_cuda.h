@@ -25,7 +25,8 @@ enum {
     QL_CUDA_GRAPHS = 8,
     QL_CUDA_IDLE = 64, /* freed blocks kept for the next tensor of their size ... */
 };
-#define QL_CUDA_IDLE_BLOCK ((size_t)1 << 20)  /* ... none above this, so that what a model releases is free  \
+#define QL_CUDA_IDLE_BLOCK                                                                                   \
+    ((size_t)1 << 20)                         /* ... none above this, so that what a model releases is free  \
                                                */
 #define QL_CUDA_IDLE_TOTAL ((size_t)16 << 20) /* ... nor more than this together */
 

@@ -66,10 +66,7 @@ static method choose(ql_cuda *c, const qk_cuda_weight *w, int64_t tokens)
     bool dense = w->w.format != QK_4BIT && w->w.k % (f == QK_F32 ? 4 : 8) == 0;
     if ((!dense && !decodes(w)) || w->w.n % 4 != 0) return mine; /* cuBLASLt wants 16-byte rows */
     if (f == QK_BF16 && c->sm < 80) return mine;                 /* no bfloat16 tensor cores before Ampere */
-    if (!ql_cuda_blas_found(c)) {
-        ql_cuda_note(c, QL_CUDA_RAN_NO_BLAS);
-        return mine;
-    }
+    if (!ql_cuda_blas_found(c)) return mine;
     return dense ? BY_BLAS : BY_DECODED;
 }
 
@@ -212,6 +209,8 @@ static ql_status product_by(ql_cuda *c, const ql_cuda_room *room, method by, con
                             int count, const void *x, int64_t tokens, bool add, ql_err *err)
 {
     qk_stream stream = c->lane->stream;
+    if (tokens > QK_PRODUCT_TOKENS && c->numerics == QL_NUMERICS_FAST && !c->blas)
+        ql_cuda_note(c, QL_CUDA_RAN_NO_BLAS);
     if (by == BY_16BIT || by == BY_4BIT) {
         ql_cuda_note(c, by == BY_16BIT ? QL_CUDA_RAN_16BIT : QL_CUDA_RAN_4BIT);
         return own_product(c, w, count, form_by(w, by), x, tokens, add, err);
