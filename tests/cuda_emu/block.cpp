@@ -55,6 +55,11 @@ struct thread_pool : std::vector<thread *> {
     }
 } threads;
 std::vector<emu_hand> hands; /* [warps * 32] */
+/* Lanes of each warp: that there are, that have returned, that wait in a warp operation. */
+struct warp_lanes {
+    uint32_t exist, returned, meet;
+};
+std::vector<warp_lanes> warp_states;
 thread *now;
 const std::function<void()> *body;
 int count, waiting, votes, voters; /* threads of the block; at the barrier; predicates that held there */
@@ -180,6 +185,7 @@ void enter(void *argument)
     for (;;) {
         (*body)();
         self->state = RETURNED;
+        warp_states[(size_t)self->index / 32].returned |= 1u << (self->index & 31);
         self->copies.clear();
         fiber_pause(self->stack);
     }
@@ -231,7 +237,11 @@ void run_block(std::vector<uint32_t> &warps, std::vector<uint32_t> &lanes)
 {
     memset(shared_memory, 0xff, shared_bytes + shared_guard);
     spoil_static();
-    for (int i = 0; i < count; i++) reset_thread(i);
+    warp_states.assign((size_t)(count + 31) / 32, {});
+    for (int i = 0; i < count; i++) {
+        reset_thread(i);
+        warp_states[(size_t)i / 32].exist |= 1u << (i & 31);
+    }
     waiting = votes = voters = 0;
     arrange(warps, (size_t)(count + 31) / 32);
     for (bool any = true; any;) {
@@ -293,6 +303,12 @@ void *emu_shared(void)
     return shared_memory;
 }
 
+/* The same place in the source, by name: a header's text lies in each file that includes it. */
+static bool same_place(const thread *a, const thread *b)
+{
+    return a->line == b->line && (a->file == b->file || !strcmp(a->file, b->file));
+}
+
 static const char *const barrier_names[] = {"__syncthreads", "__syncthreads_or", "__syncthreads_and",
                                             "__syncthreads_count"};
 
@@ -312,7 +328,7 @@ int emu_barrier(emu_barrier_kind kind, int predicate, const char *file, int line
     int result = kind == EMU_BARRIER_OR ? votes != 0 : kind == EMU_BARRIER_AND ? votes == count : votes;
     for (int i = 0; i < count; i++) {
         thread *t = threads[i];
-        if (t->line != line || t->name != self->name || strcmp(t->file, file)) {
+        if (t->name != self->name || !same_place(t, self)) {
             fprintf(stderr, "emulated CUDA: the threads of block (%u, %u, %u) are at different barriers\n",
                     blockIdx.x, blockIdx.y, blockIdx.z);
             print_threads();
@@ -323,6 +339,11 @@ int emu_barrier(emu_barrier_kind kind, int predicate, const char *file, int line
     }
     waiting = votes = 0;
     return result;
+}
+
+static bool same_meeting(const thread *a, const thread *b)
+{
+    return a->mask == b->mask && a->combine == b->combine && same_place(a, b);
 }
 
 uint64_t emu_warp(const char *name, emu_combine combine, uint32_t mask, uint64_t value, int argument,
@@ -341,22 +362,21 @@ uint64_t emu_warp(const char *name, emu_combine combine, uint32_t mask, uint64_t
     hand[lane].argument = argument;
     hand[lane].width = width;
     if (!(mask >> lane & 1)) emu_fail("%s: the mask %08x lacks the lane itself", name, mask);
-    bool all = true;
-    for (int i = 0; i < 32; i++) {
-        if (!(mask >> i & 1)) continue;
-        if (first + i >= count)
-            emu_fail("%s: the mask names lane %d, which the block does not have", name, i);
-        const thread *t = threads[first + i];
-        if (t->state == RETURNED) emu_fail("%s: the mask names lane %d, which has returned", name, i);
-        if (t->state != MEETS || t->mask != mask || t->combine != combine || t->line != line ||
-            strcmp(t->file, file))
-            all = false;
-    }
+    warp_lanes &lanes = warp_states[(size_t)first / 32];
+    if (mask & ~lanes.exist)
+        emu_fail("%s: the mask %08x names lanes that the block does not have", name, mask);
+    if (mask & lanes.returned)
+        emu_fail("%s: of the mask %08x, %08x has returned", name, mask, lanes.returned);
+    lanes.meet |= 1u << lane;
+    bool all = !(mask & ~lanes.meet);
+    for (int i = 0; i < 32 && all; i++)
+        if (mask >> i & 1) all = same_meeting(threads[first + i], self);
     if (!all) {
         fiber_pause(self->stack);
         return hand[lane].result;
     }
     combine(mask, hand);
+    lanes.meet &= ~mask;
     for (int i = 0; i < 32; i++)
         if (mask >> i & 1) threads[first + i]->state = RUNS;
     return hand[lane].result;
@@ -364,11 +384,8 @@ uint64_t emu_warp(const char *name, emu_combine combine, uint32_t mask, uint64_t
 
 uint32_t emu_active(void)
 {
-    int first = now->index & ~31;
-    uint32_t mask = 0;
-    for (int i = 0; i < 32 && first + i < count; i++)
-        if (threads[first + i]->state != RETURNED) mask |= 1u << i;
-    return mask;
+    const warp_lanes &lanes = warp_states[(size_t)now->index / 32];
+    return lanes.exist & ~lanes.returned;
 }
 
 /* ---- asynchronous copies: they happen when waited for, and the target is spoilt until then ---- */
