@@ -58,4 +58,18 @@ QK_HD int64_t qk_tile_offset(int64_t row, int64_t piece, int64_t k)
     return tile * 32 + within * 16;
 }
 
+/* ---- which warp sums which slabs ---- */
+
+/* A block's warps share out the slabs of a row in turn, QK_TURN_* slabs a turn (each row's part of a turn is
+ * 256 or 128 consecutive bytes), and their sums are added in the order of the warps. Slab number i of a warp,
+ * i = 0, 1, ... while it is below the number of slabs: nothing but the place in the row goes in, so that no
+ * sum depends on the other rows or tokens of a call. */
+#define QK_PRODUCT_WARPS 8
+#define QK_TURN_16BIT 4
+#define QK_TURN_4BIT 1
+QK_HD int qk_warp_slab(int warp, int i, int turn)
+{
+    return (i / turn * QK_PRODUCT_WARPS + warp) * turn + i % turn;
+}
+
 #endif
