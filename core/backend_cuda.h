@@ -227,7 +227,8 @@ ql_status ql_cuda_matmul(void *ctx, const ql_tensor *x, const ql_matrix *w, bool
 
 /* A bound on pos + 1 that stays the same while a sequence grows: a power of two of pieces. */
 int64_t ql_cuda_attention_bound(int64_t longest);
-size_t ql_cuda_attention_need(int64_t tokens, int heads, int d, int64_t longest);
+/* Bytes of scratch. */
+size_t ql_cuda_attention_need(const ql_cuda *c, const qk_cuda_attention *a);
 /* Launches that a run by flash-decoding takes. */
 int64_t ql_cuda_attention_pieces(const qk_cuda_attention *a);
 /* `a` without scratch; `scratch` has ql_cuda_attention_need bytes. */

@@ -29,13 +29,16 @@ static bool by_tiles(const ql_cuda *c, const qk_cuda_attention *a)
            qk_cuda_attention_prefill_fits(a->d);
 }
 
-size_t ql_cuda_attention_need(int64_t tokens, int heads, int d, int64_t longest)
+size_t ql_cuda_attention_need(const ql_cuda *c, const qk_cuda_attention *a)
 {
-    return qk_cuda_attention_bytes(tokens_at_once(tokens, heads, d, longest), heads, d, longest);
+    if (by_tiles(c, a)) return 0;
+    return qk_cuda_attention_bytes(tokens_at_once(a->tokens, a->heads, a->d, a->longest), a->heads, a->d,
+                                   a->longest);
 }
 
 ql_status ql_cuda_attention_clear(ql_cuda *c, const qk_cuda_attention *a, void *scratch, ql_err *err)
 {
+    if (by_tiles(c, a)) return QL_OK;
     const int64_t tokens = tokens_at_once(a->tokens, a->heads, a->d, a->longest);
     if (c->zeroed.p == scratch && c->zeroed.tokens == tokens && c->zeroed.heads == a->heads &&
         c->zeroed.d == a->d && c->zeroed.longest == a->longest)
@@ -111,7 +114,7 @@ ql_status ql_cuda_attention_step(void *ctx, const ql_tensor *q, ql_kv_view cache
         .y = y->data,
     };
     char *scratch;
-    QL_TRY(ql_cuda_scratch(c, ql_cuda_attention_need(a.tokens, heads, a.d, a.longest), &scratch, err));
+    QL_TRY(ql_cuda_scratch(c, ql_cuda_attention_need(c, &a), &scratch, err));
     c->zeroed.p = NULL; /* other steps use the scratch too */
     return ql_cuda_attention_run(c, &a, scratch, err);
 }

@@ -12,10 +12,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { PASS_WORDS = 10, LAYER_WORDS = 5, MATRIX_WORDS = 16 }; /* of a key, at most */
+
 typedef struct {
     uint64_t *words;
     size_t count, capacity;
-    bool failed; /* no memory for it: run without a graph */
 } key;
 
 typedef struct {
@@ -33,18 +34,19 @@ struct ql_cuda_graphs {
 
 /* ---- keys ---- */
 
-static void put(key *k, uint64_t word)
+/* Room for `words` more; the puts that follow do not check. */
+static bool reserve(key *k, size_t words)
 {
-    if (k->count == k->capacity) {
-        size_t more = k->capacity ? 2 * k->capacity : 1024;
-        uint64_t *grown = realloc(k->words, more * sizeof *grown);
-        if (!grown) {
-            k->failed = true;
-            return;
-        }
-        k->words = grown;
-        k->capacity = more;
-    }
+    if (words <= k->capacity) return true;
+    uint64_t *grown = realloc(k->words, words * sizeof *grown);
+    if (!grown) return false;
+    k->words = grown;
+    k->capacity = words;
+    return true;
+}
+
+static inline void put(key *k, uint64_t word)
+{
     k->words[k->count++] = word;
 }
 
@@ -77,10 +79,12 @@ static void put_shape(key *k, const ql_pass *p, int64_t longest)
     put(k, (uint64_t)longest << 32 | qk_bits(p->eps));
 }
 
+/* False when there is no memory for it: then the pass runs without a graph. */
 static bool key_make(key *k, const ql_pass *p, int64_t longest)
 {
+    const size_t matrices = 2 + (size_t)p->layers * QL_LINEARS;
+    if (!reserve(k, PASS_WORDS + matrices * MATRIX_WORDS + (size_t)p->layers * LAYER_WORDS)) return false;
     k->count = 0;
-    k->failed = false;
     put_shape(k, p, longest);
     put_pointer(k, p->workspace->data);
     put_pointer(k, p->outputs > 0 ? p->logits->data : NULL);
@@ -98,7 +102,7 @@ static bool key_make(key *k, const ql_pass *p, int64_t longest)
         put_pointer(k, p->cache[i].v->data);
         put(k, (uint64_t)p->cache[i].k->shape[1] << 8 | (uint64_t)p->cache[i].k->dtype);
     }
-    return !k->failed;
+    return true;
 }
 
 static bool key_equal(const key *a, const key *b)

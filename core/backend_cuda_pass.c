@@ -37,10 +37,30 @@ static bool fuses(ql_cuda *c, const ql_layer *layer, int64_t tokens)
     return ql_cuda_swiglu_fuses(c, &gate, &up, &down, tokens);
 }
 
-/* The largest need of all groups of products. */
+/* Whether two weights need the same. */
+static bool alike(const ql_matrix *a, const ql_matrix *b)
+{
+    if (a->n != b->n || a->k != b->k || a->layout != b->layout || a->data.dtype != b->data.dtype)
+        return false;
+    if (!a->quant || !b->quant) return !a->quant && !b->quant;
+    return a->quant->block == b->quant->block && a->quant->value_dtype == b->quant->value_dtype &&
+           !a->nested.storage == !b->nested.storage;
+}
+
+static bool layers_alike(const ql_layer *a, const ql_layer *b)
+{
+    for (int i = 0; i < QL_LINEARS; i++) {
+        if (!alike(&a->linear[i], &b->linear[i])) return false;
+    }
+    return true;
+}
+
+/* The largest need of all groups of products. Most layers are like the one before, and this is done for every
+ * decoded token. */
 static void needs(ql_cuda *c, const ql_pass *p, ql_cuda_need *need, size_t *between)
 {
     for (int l = 0; l < p->layers; l++) {
+        if (l > 0 && layers_alike(&p->layer[l], &p->layer[l - 1])) continue;
         for (int i = 0; i < QL_LINEARS; i++) {
             qk_cuda_weight w = ql_cuda_weight(&p->layer[l].linear[i], NULL);
             ql_cuda_product_need(c, &w, p->tokens, need);
@@ -58,6 +78,25 @@ static int64_t longest_row(const ql_pass *p)
     int64_t longest = 1;
     for (int64_t t = 0; t < p->tokens; t++) longest = p->pos[t] >= longest ? p->pos[t] + 1 : longest;
     return longest;
+}
+
+static qk_cuda_attention attention_of(const ql_pass *p, const plan *m, int layer)
+{
+    const ql_kv_view *cache = &p->cache[layer];
+    return (qk_cuda_attention){
+        .q = m->q,
+        .k = cache->k->data,
+        .v = cache->v->data,
+        .kv = ql_cuda_format(cache->k->dtype),
+        .start = m->start,
+        .pos = m->pos,
+        .heads = p->heads,
+        .kv_heads = p->kv_heads,
+        .d = (int)p->head_dim,
+        .slots = cache->k->shape[1],
+        .tokens = p->tokens,
+        .longest = m->longest,
+    };
 }
 
 /* One function lays out and counts, so that pass_bytes cannot differ from what pass uses. `base` may be NULL.
@@ -90,7 +129,8 @@ static plan plan_make(ql_cuda *c, const ql_pass *p, char *base)
     m.gate = take(base, &mlp, t * (size_t)p->intermediate * number);
     m.up = take(base, &mlp, t * (size_t)p->intermediate * number);
     if (at < mlp) at = mlp;
-    m.attention = take(base, &at, ql_cuda_attention_need(p->tokens, p->heads, (int)d, m.longest));
+    qk_cuda_attention a = p->layers > 0 ? attention_of(p, &m, 0) : (qk_cuda_attention){0};
+    m.attention = take(base, &at, p->layers > 0 ? ql_cuda_attention_need(c, &a) : 0);
     m.bytes = at;
     return m;
 }
@@ -101,25 +141,6 @@ size_t ql_cuda_pass_bytes(void *ctx, const ql_pass *p)
 }
 
 /* ---- one layer ---- */
-
-static qk_cuda_attention attention_of(const ql_pass *p, const plan *m, int layer)
-{
-    const ql_kv_view *cache = &p->cache[layer];
-    return (qk_cuda_attention){
-        .q = m->q,
-        .k = cache->k->data,
-        .v = cache->v->data,
-        .kv = ql_cuda_format(cache->k->dtype),
-        .start = m->start,
-        .pos = m->pos,
-        .heads = p->heads,
-        .kv_heads = p->kv_heads,
-        .d = (int)p->head_dim,
-        .slots = cache->k->shape[1],
-        .tokens = p->tokens,
-        .longest = m->longest,
-    };
-}
 
 /* Attention into what o reads, then o onto x. */
 static ql_status attend(ql_cuda *c, const ql_pass *p, const plan *m, int layer, ql_err *err)
