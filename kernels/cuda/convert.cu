@@ -22,7 +22,6 @@ template <qk_format FROM, qk_format TO, bool WIDE>
 static __global__ void convert(const void *src, void *dst, int64_t count)
 {
     qk_wait_earlier();
-    qk_next_may_start();
     const int64_t i = first_of_eight();
     if (i >= count) return;
     float v[8];
@@ -73,7 +72,6 @@ template <qk_format F, bool WIDE>
 static __global__ void random_numbers(uint64_t seed, uint64_t first, void *y, int64_t count)
 {
     qk_wait_earlier();
-    qk_next_may_start();
     const int64_t i = first_of_eight();
     if (i >= count) return;
     float v[8];

@@ -146,9 +146,12 @@ template <int N> __device__ __forceinline__ void qk_copy_wait(void)
 #endif
 }
 
-/* Programmatic dependent launch: let the next kernel of the stream start its prologue; wait until all earlier
- * kernels have finished and their writes are visible. Every kernel waits before it touches what an earlier
- * one wrote or may still read; weights, which none writes, may be loaded before. No effect before sm_90. */
+/* Programmatic dependent launch. qk_next_may_start lets the next kernel of the stream begin while this one
+ * runs; qk_wait_earlier waits until all earlier kernels have finished and their writes are visible. Every
+ * kernel waits before it touches what an earlier one wrote or may still read; only weights may be loaded
+ * before. Therefore a kernel that writes what may be a weight (convert, random, quantize4, dequantize4,
+ * tile4) never lets the next one start: no kernel behind it can then begin before it has ended. No effect
+ * before sm_90. */
 __device__ __forceinline__ void qk_next_may_start(void)
 {
 #if __CUDA_ARCH__ >= 900

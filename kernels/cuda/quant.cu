@@ -53,7 +53,6 @@ static __global__ void __launch_bounds__(QUANTIZE_THREADS)
     quantize4(const void *src, int64_t n, int shift, encoder e, uint8_t *packed, float *absmax)
 {
     qk_wait_earlier();
-    qk_next_may_start();
     const int64_t i = (int64_t)blockIdx.x * QUANTIZE_SPAN + threadIdx.x * 8;
     float v[8], a = 0;
     qk_load8<F, WIDE>(src, i, n, v);
@@ -148,7 +147,6 @@ static __global__ void __launch_bounds__(DECODE_THREADS)
 {
     __shared__ float code[16];
     qk_wait_earlier();
-    qk_next_may_start();
     if (threadIdx.x == 0) { /* by constant indices: an argument indexed at run time goes to local memory */
 #pragma unroll
         for (int i = 0; i < 16; i++) code[i] = d.code[i];
@@ -247,7 +245,6 @@ int qk_cuda_dequantize4(qk_stream stream, const qk_cuda_weight *weight, qk_forma
 template <bool UNDO> static __global__ void tile4(const uint8_t *src, int64_t k, uint8_t *dst)
 {
     qk_wait_earlier();
-    qk_next_may_start();
     const int64_t row = blockIdx.x, pieces = k / 32;
     for (int64_t piece = threadIdx.x; piece < pieces; piece += blockDim.x) {
         const int64_t plain = (row * pieces + piece) * 16, tiled = qk_tile_offset(row, piece, k);
