@@ -179,6 +179,9 @@ static ql_status cuda_open(int index, const ql_device_options *options, void **o
     c->index = index;
     c->sm = compute_capability(index);
     c->numerics = options->numerics;
+    const char *slice = getenv("QLUA_CUDA_SLICE");
+    c->slice = slice ? strtoll(slice, NULL, 10) : 0;
+    if (c->slice <= 0 || c->slice > QL_CUDA_SLICE) c->slice = QL_CUDA_SLICE;
     c->sync_each = each && *each && strcmp(each, "0") != 0;
     snprintf(c->label, sizeof c->label, "cuda:%d", index);
     ql_status status = prepare(c, err);

@@ -79,7 +79,8 @@ typedef struct {
     int turn;                                 /* staging buffer to take next */
     cudaEvent_t begun, filled[2], emptied[2]; /* between the two streams; see ql_cuda_product_group */
     int slice_turn;
-    void *cells; /* [QL_CUDA_CELLS] bytes */
+    int64_t slice; /* bytes: QL_CUDA_SLICE, or QLUA_CUDA_SLICE */
+    void *cells;   /* [QL_CUDA_CELLS] bytes */
 
     void *scratch; /* grow-only, for steps outside a pass */
     size_t scratch_bytes;

@@ -41,19 +41,19 @@ static int64_t least(int64_t a, int64_t b)
 
 /* Rows of a 4-bit weight that are decoded together. A slice begins at a whole tile and a whole block; the
  * scales of double quantization are found by the number of the block, so such a weight is one slice. */
-static int64_t slice_rows(const qk_cuda_weight *w)
+static int64_t slice_rows(const ql_cuda *c, const qk_cuda_weight *w)
 {
     int64_t n = w->w.n, k = w->w.k, unit = 16;
     if (w->nested) return n;
     while (unit * k % w->w.block != 0) unit *= 2; /* ends: the block is a power of two */
-    int64_t rows = QL_CUDA_SLICE / 2 / k / unit * unit;
+    int64_t rows = c->slice / 2 / k / unit * unit;
     return least(n, rows > unit ? rows : unit);
 }
 
-static bool decodes(const qk_cuda_weight *w)
+static bool decodes(const ql_cuda *c, const qk_cuda_weight *w)
 {
     return w->w.format == QK_4BIT && w->w.round_to != QK_F32 && w->w.k % 8 == 0 &&
-           slice_rows(w) * w->w.k * 2 <= 4 * (int64_t)QL_CUDA_SLICE;
+           slice_rows(c, w) * w->w.k * 2 <= 4 * (int64_t)QL_CUDA_SLICE;
 }
 
 static method choose(ql_cuda *c, const qk_cuda_weight *w, int64_t tokens)
@@ -64,8 +64,8 @@ static method choose(ql_cuda *c, const qk_cuda_weight *w, int64_t tokens)
     if (tokens <= QK_PRODUCT_TOKENS || c->numerics == QL_NUMERICS_INVARIANT) return mine;
     qk_format f = w->w.format == QK_4BIT ? w->w.round_to : w->w.format;
     bool dense = w->w.format != QK_4BIT && w->w.k % (f == QK_F32 ? 4 : 8) == 0;
-    if ((!dense && !decodes(w)) || w->w.n % 4 != 0) return mine; /* cuBLASLt wants 16-byte rows */
-    if (f == QK_BF16 && c->sm < 80) return mine;                 /* no bfloat16 tensor cores before Ampere */
+    if ((!dense && !decodes(c, w)) || w->w.n % 4 != 0) return mine; /* cuBLASLt wants 16-byte rows */
+    if (f == QK_BF16 && c->sm < 80) return mine; /* no bfloat16 tensor cores before Ampere */
     if (!ql_cuda_blas_found(c)) return mine;
     return dense ? BY_BLAS : BY_DECODED;
 }
@@ -114,7 +114,7 @@ void ql_cuda_product_need(ql_cuda *c, const qk_cuda_weight *w, int64_t tokens, q
     method by = choose(c, w, tokens);
     ql_cuda_form form = form_by(w, by);
     at_least(form.plain ? &need->plain : &need->packed, ql_cuda_form_bytes(form, tokens, w->w.k));
-    if (by == BY_DECODED) at_least(&need->slice, (size_t)(slice_rows(w) * w->w.k) * 2);
+    if (by == BY_DECODED) at_least(&need->slice, (size_t)(slice_rows(c, w) * w->w.k) * 2);
     if (by == BY_DECODED || by == BY_BLAS) at_least(&need->blas, ql_cuda_blas_room(c));
 }
 
@@ -178,7 +178,7 @@ static ql_status decoded_product(ql_cuda *c, const ql_cuda_room *room, const qk_
                                  int64_t tokens, bool add, ql_err *err)
 {
     cudaStream_t stream = c->lane->stream, side = c->lane->side;
-    const int64_t n = w->w.n, k = w->w.k, step = slice_rows(w);
+    const int64_t n = w->w.n, k = w->w.k, step = slice_rows(c, w);
     for (int64_t first = 0; first < n; first += step) {
         qk_cuda_weight slice = *w;
         slice.w.n = least(n - first, step);

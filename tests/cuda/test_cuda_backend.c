@@ -303,6 +303,31 @@ static void test_no_cublaslt_is_no_error(void **state)
     free(named);
 }
 
+#ifdef QLUA_EMULATED_PLUGIN
+/* Large weights are decoded slice by slice. The emulated cuBLASLt sums every output alone, so slices of some
+ * rows give the bits of the whole. */
+static void test_slices_of_a_weight_are_its_product(void **state)
+{
+    (void)state;
+    const int picked[] = {3, 5}; /* nf4; with its head */
+    for (int i = 0; i < 2; i++) {
+        ql_device *dev = open_device("cuda", QL_NUMERICS_FAST);
+        ql_llama *m = make(dev, &cases[picked[i]]);
+        int64_t n = two_passes(m, &batches[4], false, first_logits);
+        ql_llama_free(m);
+        ql_device_release(dev);
+        setenv("QLUA_CUDA_SLICE", "4096", 1); /* 32 rows of 64 inputs, 16 of 128 */
+        dev = open_device("cuda", QL_NUMERICS_FAST);
+        unsetenv("QLUA_CUDA_SLICE");
+        m = make(dev, &cases[picked[i]]);
+        two_passes(m, &batches[4], false, second_logits);
+        ql_llama_free(m);
+        ql_device_release(dev);
+        assert_memory_equal(first_logits, second_logits, (size_t)n * sizeof(float));
+    }
+}
+#endif
+
 /* ---- graphs ---- */
 
 enum { STEPS = 4 };
@@ -734,6 +759,7 @@ int main(void)
         cmocka_unit_test(test_columns_are_checked),
         cmocka_unit_test(test_a_ceiling_is_measured),
 #ifdef QLUA_EMULATED_PLUGIN
+        cmocka_unit_test(test_slices_of_a_weight_are_its_product),
         cmocka_unit_test(test_a_missing_device_is_explained),
         cmocka_unit_test(test_out_of_memory_is_survived),
         cmocka_unit_test(test_a_launch_that_is_refused_names_its_operation),
