@@ -80,7 +80,7 @@ typedef struct ql_backend {
     const char *name; /* "cpu", "cuda" */
     int abi;          /* QL_BACKEND_ABI: a plug-in of another version is refused */
 
-    ql_dtype kv_dtype;   /* of the KV cache of a model in 16 bits; one in float32 has F32 */
+    ql_dtype kv_dtype;   /* F32: KV caches are in float32; else in their model's own type */
     int64_t pass_tokens; /* tokens that best go through the layers together */
     bool nested_scales;  /* double-quantized scales stay in 8 bits on the device: see ql_matrix */
 

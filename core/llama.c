@@ -126,7 +126,8 @@ static size_t expect_work(const ql_llama *m, int64_t tokens, int64_t outputs)
 
 ql_dtype ql_llama_kv_dtype(const ql_llama *m)
 {
-    return m->weights.dtype == QL_F32 ? QL_F32 : m->device->backend->kv_dtype;
+    /* float16 has three bits more than bfloat16: a model that has them must not lose them in its cache */
+    return m->device->backend->kv_dtype == QL_F32 ? QL_F32 : m->weights.dtype;
 }
 
 ql_status ql_llama_expect(const ql_llama *m, int64_t tokens, int64_t longest, int64_t outputs,
