@@ -54,7 +54,7 @@ __device__ __forceinline__ uint32_t word(const uint4 &v, int i)
 /* One tile of 16 rows takes the next slab whole before it works on this one; two tiles, short of registers,
  * take its first pieces when this one's are done with, and then its second ones. */
 template <bool BF16, int NB, int ROWS>
-__global__ void __launch_bounds__(QK_PRODUCT_THREADS, NB < 2 ? 2 : 1) product4(const qk_product_call call)
+__global__ void __launch_bounds__(QK_PRODUCT_THREADS, NB < 4 ? 2 : 1) product4(const qk_product_call call)
 {
     __shared__ __align__(16) float code[ROWS][16], map[ROWS][257];
     __shared__ qk_scales scales[ROWS];
@@ -99,10 +99,9 @@ __global__ void __launch_bounds__(QK_PRODUCT_THREADS, NB < 2 ? 2 : 1) product4(c
 #pragma unroll
         for (int piece = 0; piece < 2; piece++) {
             if (more && ROWS == 1) fetch_piece<ROWS>(tiles, after, piece, next);
-#pragma unroll
+#pragma unroll(NB == 8 || NB == 2 ? 1 : 4) /* unrolled, inputs are fetched into registers that lack */
             for (int c = 0; c < 4; c++) {
-                /* keeps the compiler from fetching the inputs of later chunks into registers it lacks */
-                if (NB >= 4 ? c % (8 / NB) == 0 : piece > 0 && c == 0) __syncwarp();
+                if (piece > 0 && c == 0) __syncwarp(); /* keeps the second piece's inputs out of the first */
                 uint32_t first[ROWS][4], second[ROWS][4]; /* steps of 16 inputs */
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
