@@ -6,8 +6,10 @@ local support = require "tests.specs.support"
 local LOGITS <const> = 1e-4 -- largest difference of float32 logits
 local LAYER <const> = 1e-5  -- largest difference of a layer's output, in units of its root mean square
 local RATIO <const> = 1.1   -- our 16-bit error in units of transformers' own
--- with activations in 16 bits: rms difference of a layer's output, in units of its root mean square
-local ROUNDED <const> = { bf16 = 1e-2, f16 = 2e-3 }
+-- activations of another device: rms difference of logits of one model in two types, in units of their rms
+local ROUNDED <const> = 2e-2
+-- QLUA_TEST_MODELS=name,name: only these, where all would take too long
+local ONLY <const> = os.getenv "QLUA_TEST_MODELS"
 
 -- outputs of one layer in the order in which they arise
 local PARTS <const> = { "input_norm", "q", "k", "attn", "post_norm", "mlp", "out" }
@@ -56,12 +58,19 @@ local function stages(layers)
   return list
 end
 
+local function chosen()
+  if not ONLY then return support.variants() end
+  local list = {}
+  for name in ONLY:gmatch "[^,]+" do list[#list + 1] = name end
+  return list
+end
+
 describe("golden model", function()
   it("has all variants", function()
     assert.equal(19, #support.variants())
   end)
 
-  for _, name in ipairs(support.variants()) do
+  for _, name in ipairs(chosen()) do
     it(name .. ": float32 logits, 16-bit error, greedy tokens", function()
       local golden <close> = goldens(name)
       local model <close> = load(name)
@@ -91,7 +100,9 @@ describe("golden model", function()
       local golden <close> = goldens(name)
       local model <close> = load(name)
       local facts, seen = facts_of(name), {}
-      local exact = support.is_exact(facts.weights)
+      local exact, own = support.is_exact(facts.weights), facts.bf16_error or facts.f16_error
+      -- in 16 bits no layer may be further off than the logits of transformers are
+      local rounded = own and RATIO * own.rms / facts.logits_rms
       local traced <close> = assert(model:forward(facts.ids, {
         trace = function(what, value)
           assert(not seen[what], what .. " twice")
@@ -102,7 +113,7 @@ describe("golden model", function()
         local value = assert(seen[stage], stage .. " is missing")
         local worst, rms, scale = support.difference(value, golden:tensor(stage))
         local wrong, bound = worst, LAYER
-        if not exact then wrong, bound = rms, ROUNDED[facts.weights] end
+        if not exact then wrong, bound = rms, rounded end
         if wrong > bound * scale then
           error(("%s: first divergence at %s: %g of rms %g"):format(name, stage, wrong, scale))
         end
@@ -111,7 +122,7 @@ describe("golden model", function()
       end
       assert.is_nil((next(seen)))
       local worst, rms, scale = support.difference(traced, golden:tensor "logits")
-      assert.is_true(exact and worst <= LOGITS or not exact and rms <= ROUNDED[facts.weights] * 2 * scale)
+      assert.is_true(exact and worst <= LOGITS or not exact and rms <= rounded * scale)
     end)
 
     it(name .. ": info says what config.json says", function()
@@ -190,7 +201,7 @@ describe("loaded as another dtype", function()
     if support.is_exact "bfloat16" then
       assert.is_true(apart < 1e-5)
     else
-      assert.is_true(rms < 2 * ROUNDED.bf16 * scale)
+      assert.is_true(rms < ROUNDED * scale)
     end
     local f32 <const> = support.MODELS .. "llama2_f32"
     local exact <close> = assert(device:load(f32))
@@ -205,6 +216,7 @@ end)
 describe("real checkpoints", function()
   it("stories260K tells its story for 200 tokens", function()
     if not support.exists(support.STORIES) then return pending("no " .. support.STORIES) end
+    if ONLY then return pending "QLUA_TEST_MODELS leaves it out" end
     local model <close> = assert(support.device():load(support.STORIES))
     local golden = support.json(support.STORIES .. "/greedy200.json")
     local new = assert(model:generate(golden.prompt_ids, { max_new_tokens = 200, ignore_eos = true }))
@@ -220,6 +232,11 @@ describe("real checkpoints", function()
   it("tiny-random-llama loads and runs", function()
     local folder <const> = "../shared/data/models/tiny-random-llama"
     if not support.exists(folder) then return pending("no " .. folder) end
+    if support.DEVICE ~= "cpu" then -- its heads are smaller than the kernels can read at once
+      local model, err = support.device():load(folder)
+      if model then err = select(2, model:forward { 1, 31999, 5 }) end
+      return support.failed(nil, err, "head_dim 4")
+    end
     local model <close> = assert(support.device():load(folder))
     assert.equal(32000, model:info().vocab)
     assert.equal("float32", model:info().dtype)
