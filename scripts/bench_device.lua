@@ -35,10 +35,9 @@ end
 --- The rate that a format's products are held against.
 function Bench:rate(format)
   local matrix = self.ceilings.matrix_flops_per_second
-  if #matrix > 0 and stats.median(matrix) > 0 and self.formats[format].dtype ~= "float32" then
-    return stats.median(matrix)
-  end
-  return stats.median(self.ceilings.flops_per_second)
+  local plain = self.ceilings.flops_per_second
+  local wide = self.formats[format].dtype == "float32"
+  return stats.median((wide and #plain > 0 or #matrix == 0) and plain or matrix)
 end
 
 --- What one pass has to do, from the model itself.
