@@ -17,6 +17,7 @@
 #define QLUA_DEVICE "qlua.device"
 #define QLUA_MODEL "qlua.model"
 #define QLUA_CHECKPOINT "qlua.checkpoint"
+#define QLUA_KVCACHE "qlua.kvcache"
 
 /* Make metatable `name` with methods, metamethods and `close` under its three names; leaves nothing on the
  * stack. The method table is its __index, so that the library in Lua can add methods to it. */

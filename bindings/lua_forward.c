@@ -95,10 +95,114 @@ static ql_status run_trace(void *ud, const char *name, const ql_tensor *value, q
     return qlua_callback_run(cb, 3, 0) ? QL_OK : ql_err_set(err, QL_ERR_ARG, "the trace raised an error");
 }
 
-/* model:forward(rows, {rows=, trace=}) -> logits */
+/* Rows that a pass has seen, kept for those that go on from them. Its uservalue is the model's box. */
+typedef struct {
+    ql_kvcache cache;
+    int calls; /* passes that read it and may call back into Lua: it is not closed under them */
+} kvcache_box;
+
+static kvcache_box *kvcache_check(lua_State *L, int arg)
+{
+    kvcache_box *box = luaL_checkudata(L, arg, QLUA_KVCACHE);
+    if (!box->cache.sequences) luaL_argerror(L, arg, "the kept rows are closed");
+    return box;
+}
+
+static int kvcache_close(lua_State *L)
+{
+    kvcache_box *box = luaL_checkudata(L, 1, QLUA_KVCACHE);
+    if (box->calls > 0) return luaL_error(L, "kept rows cannot be closed in a pass that goes on from them");
+    ql_kvcache_free(&box->cache);
+    return 0;
+}
+
+/* #kept -> rows */
+static int kvcache_len(lua_State *L)
+{
+    lua_pushinteger(L, kvcache_check(L, 1)->cache.sequences);
+    return 1;
+}
+
+/* kept:tokens() -> tokens of each row, with those of the rows it went on from */
+static int kvcache_tokens(lua_State *L)
+{
+    const ql_kvcache *c = &kvcache_check(L, 1)->cache;
+    lua_createtable(L, c->sequences, 0);
+    for (int i = 0; i < c->sequences; i++) {
+        lua_pushinteger(L, c->length[i]);
+        lua_rawseti(L, -2, i + 1);
+    }
+    return 1;
+}
+
+void qlua_forward_open(lua_State *L)
+{
+    static const luaL_Reg methods[] = {{"tokens", kvcache_tokens}, {NULL, NULL}};
+    static const luaL_Reg meta[] = {{"__len", kvcache_len}, {NULL, NULL}};
+    qlua_box_type(L, QLUA_KVCACHE, methods, meta, kvcache_close);
+}
+
+/* The rows that a pass goes on from. */
+typedef struct {
+    kvcache_box *box; /* NULL: none */
+    int *from;        /* [rows] the kept row under each row */
+} origin;
+
+/* opts.after and opts.parents; pushes what must stay on the stack. */
+static origin check_origin(lua_State *L, int arg, int model, const qlua_rows *r)
+{
+    origin o = {NULL, NULL};
+    if (lua_isnoneornil(L, arg)) return o;
+    bool parents = lua_getfield(L, arg, "parents") != LUA_TNIL;
+    if (lua_getfield(L, arg, "after") == LUA_TNIL) {
+        if (parents) luaL_error(L, "option 'parents' goes with option 'after'");
+        return o;
+    }
+    if (!luaL_testudata(L, -1, QLUA_KVCACHE))
+        luaL_error(L, "option 'after' is a %s, not rows kept by a forward pass", luaL_typename(L, -1));
+    int kept = lua_gettop(L), list = kept - 1;
+    o.box = kvcache_check(L, kept);
+    lua_getiuservalue(L, kept, 1);
+    if (!lua_rawequal(L, -1, model)) luaL_error(L, "option 'after' holds rows of another model");
+    lua_pop(L, 1);
+    int count = o.box->cache.sequences;
+    if (!parents && count != 1 && count != r->rows)
+        luaL_error(L,
+                   "option 'after' holds %d rows: 'parents' must say which of them each of %d rows follows",
+                   count, r->rows);
+    if (parents && (lua_type(L, list) != LUA_TTABLE || (int)lua_rawlen(L, list) != r->rows))
+        luaL_error(L, "option 'parents' has not one number for each of %d rows", r->rows);
+    o.from = lua_newuserdatauv(L, (size_t)(r->rows ? r->rows : 1) * sizeof *o.from, 0);
+    for (int i = 0; i < r->rows; i++) {
+        o.from[i] = count == 1 ? 0 : i;
+        if (!parents) continue;
+        int isint;
+        lua_rawgeti(L, list, i + 1);
+        lua_Integer n = lua_tointegerx(L, -1, &isint);
+        if (!isint || n < 1 || n > count)
+            luaL_error(L, "entry %d of option 'parents' is %s, not a row from 1 to %d", i + 1,
+                       luaL_tolstring(L, -1, NULL), count);
+        o.from[i] = (int)n - 1;
+        lua_pop(L, 1);
+    }
+    return o;
+}
+
+/* A cache for the rows with what they go on from in it. */
+static ql_status make_cache(ql_llama *m, const qlua_rows *r, const origin *o, const int32_t *capacity,
+                            ql_kvcache *out, ql_err *err)
+{
+    QL_TRY(ql_llama_cache(m, r->rows, capacity, out, err));
+    for (int i = 0; i < r->rows && o->box; i++) {
+        QL_TRY(ql_kvcache_copy(&o->box->cache, o->from[i], out, i, err));
+    }
+    return QL_OK;
+}
+
+/* model:forward(rows, {rows=, trace=, after=, parents=, keep=}) -> logits, and with `keep` the rows */
 int qlua_model_forward(lua_State *L)
 {
-    static const char *const known[] = {"rows", "trace", NULL};
+    static const char *const known[] = {"rows", "trace", "after", "parents", "keep", NULL};
     qlua_model_box *self = qlua_model_box_free(L, 1);
     ql_llama *m = self->model;
     lua_settop(L, 3);
@@ -116,30 +220,43 @@ int qlua_model_forward(lua_State *L)
     }
     check_outputs(L, 3, &r);
     luaL_checkstack(L, 16, NULL);
+    origin o = check_origin(L, 3, 1, &r);
+    int32_t *capacity = lua_newuserdatauv(L, (size_t)(r.rows ? r.rows : 1) * sizeof *capacity, 0);
+    for (int i = 0; i < r.rows; i++) {
+        int64_t tokens = (int64_t)r.lengths[i] + (o.box ? o.box->cache.length[o.from[i]] : 0);
+        capacity[i] = tokens > INT32_MAX ? INT32_MAX : (int32_t)tokens; /* beyond any context: refused */
+    }
+    bool keep = qlua_option_boolean(L, 3, "keep", false);
 
     int64_t outputs = 0;
     for (int i = 0; i < r.rows; i++) outputs += r.outputs[i] > 0 ? r.outputs[i] : 0;
     qlua_pressure(L, (size_t)(outputs * m->config.vocab) * sizeof(float));
     ql_tensor *logits = qlua_tensor_push(L);
-    int box = lua_gettop(L);
+    kvcache_box *kept = qlua_box_push(L, QLUA_KVCACHE, sizeof *kept);
+    lua_pushvalue(L, 1);
+    lua_setiuservalue(L, -2, 1);
+    int top = lua_gettop(L);
     ql_batch batch = {r.rows, r.ids, r.lengths, r.outputs, NULL};
     ql_trace trace = {run_trace, &cb};
     ql_err err;
     ql_status status;
     int tries = 0;
     do {
-        ql_kvcache cache = {0};
         self->calls++;
         self->passing = true;
-        status = ql_llama_cache(m, r.rows, r.lengths, &cache, &err);
+        if (o.box) o.box->calls++;
+        status = make_cache(m, &r, &o, capacity, &kept->cache, &err);
         if (status == QL_OK)
-            status = ql_llama_forward(m, &cache, &batch, traced ? &trace : NULL, logits, &err);
-        ql_kvcache_free(&cache);
+            status = ql_llama_forward(m, &kept->cache, &batch, traced ? &trace : NULL, logits, &err);
+        if (!keep || status != QL_OK) ql_kvcache_free(&kept->cache);
+        if (o.box) o.box->calls--;
         self->passing = false;
         self->calls--;
         if (cb.raised) return lua_error(L);
     } while (!traced && qlua_retry(L, status, &tries)); /* a trace must not see a layer twice */
     if (status != QL_OK) return qlua_fail(L, &err);
-    lua_settop(L, box);
+    lua_settop(L, top);
+    if (keep) return 2;
+    lua_pop(L, 1);
     return 1;
 }

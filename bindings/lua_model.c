@@ -410,6 +410,7 @@ void qlua_model_open(lua_State *L)
                                        {NULL, NULL}};
     static const luaL_Reg meta[] = {{"__tostring", model_tostring}, {NULL, NULL}};
     qlua_box_type(L, QLUA_MODEL, methods, meta, model_close);
+    qlua_forward_open(L);
     qlua_generate_open(L);
     lua_pushcfunction(L, model_load);
     lua_setfield(L, -2, "load");

@@ -36,6 +36,7 @@ qlua_rows qlua_rows_check(lua_State *L, int arg);
 
 int qlua_model_forward(lua_State *L);  /* lua_forward.c */
 int qlua_model_generate(lua_State *L); /* lua_generate.c */
+void qlua_forward_open(lua_State *L);  /* registers the box that owns kept rows */
 void qlua_generate_open(lua_State *L); /* registers the box that owns a result */
 
 #endif

@@ -16,7 +16,7 @@
 #include "matrix.h"
 #include "tensor.h"
 
-#define QL_BACKEND_ABI 2
+#define QL_BACKEND_ABI 3
 
 /* Which kernels products and attention may take. INVARIANT: tile and split are fixed, so that a row's bits do
  * not depend on its batch. FAST: they may depend on the number of tokens. The CPU is always invariant. */
@@ -115,6 +115,10 @@ typedef struct ql_backend {
      * kv_heads*D] F32. */
     ql_status (*kv_write)(void *ctx, const ql_tensor *k, const ql_tensor *v, const ql_tensor *start,
                           const ql_tensor *pos, ql_kv_view cache, ql_err *err);
+    /* Slots to .. to + n of `dst` get what slots from .. from + n of `src` hold, in every head: two caches of
+     * one model, or one cache and runs that do not meet. */
+    ql_status (*kv_copy)(void *ctx, ql_kv_view src, int64_t from, ql_kv_view dst, int64_t to, int64_t n,
+                         ql_err *err);
     /* Causal grouped-query attention: token t reads slots start[t] .. start[t] + pos[t]; q, y [T, heads*D];
      * scores are scaled by 1/sqrt(D). Tokens of one sequence are adjacent. */
     ql_status (*attention)(void *ctx, const ql_tensor *q, ql_kv_view cache, const ql_tensor *start,

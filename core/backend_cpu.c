@@ -353,6 +353,24 @@ static ql_status cpu_kv_write(void *ctx, const ql_tensor *k, const ql_tensor *v,
     return QL_OK;
 }
 
+static ql_status cpu_kv_copy(void *ctx, ql_kv_view src, int64_t from, ql_kv_view dst, int64_t to, int64_t n,
+                             ql_err *err)
+{
+    (void)ctx;
+    (void)err;
+    const ql_tensor *const pairs[2][2] = {{src.k, dst.k}, {src.v, dst.v}};
+    const size_t slot = (size_t)src.k->shape[2] * ql_dtype_size(src.k->dtype);
+    for (int i = 0; i < 2; i++) {
+        const char *in = pairs[i][0]->data;
+        char *out = pairs[i][1]->data;
+        for (int64_t h = 0; h < src.k->shape[0]; h++) {
+            memcpy(out + (size_t)(h * dst.k->shape[1] + to) * slot,
+                   in + (size_t)(h * src.k->shape[1] + from) * slot, (size_t)n * slot);
+        }
+    }
+    return QL_OK;
+}
+
 typedef struct {
     const cpu_context *c;
     qk_attention a;
@@ -485,6 +503,7 @@ const ql_backend ql_backend_cpu = {
     .matmul = cpu_matmul,
     .rope = cpu_rope,
     .kv_write = cpu_kv_write,
+    .kv_copy = cpu_kv_copy,
     .attention = cpu_attention,
     .swiglu = cpu_swiglu,
     .gather_rows = cpu_gather_rows,

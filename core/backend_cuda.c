@@ -283,6 +283,7 @@ static const ql_backend backend = {
     .matmul = ql_cuda_matmul,
     .rope = ql_cuda_rope,
     .kv_write = ql_cuda_kv_write,
+    .kv_copy = ql_cuda_kv_copy,
     .attention = ql_cuda_attention_step,
     .swiglu = ql_cuda_swiglu,
     .gather_rows = ql_cuda_gather_rows,

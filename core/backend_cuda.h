@@ -261,6 +261,8 @@ ql_status ql_cuda_rope(void *ctx, ql_tensor *x, const ql_tensor *pos, const ql_t
                        const ql_tensor *sin, int heads, ql_err *err);
 ql_status ql_cuda_kv_write(void *ctx, const ql_tensor *k, const ql_tensor *v, const ql_tensor *start,
                            const ql_tensor *pos, ql_kv_view cache, ql_err *err);
+ql_status ql_cuda_kv_copy(void *ctx, ql_kv_view src, int64_t from, ql_kv_view dst, int64_t to, int64_t n,
+                          ql_err *err);
 ql_status ql_cuda_swiglu(void *ctx, const ql_tensor *gate, const ql_tensor *up, ql_tensor *y, ql_err *err);
 ql_status ql_cuda_gather_rows(void *ctx, const ql_tensor *x, const ql_tensor *rows, ql_tensor *y,
                               ql_err *err);

@@ -49,6 +49,24 @@ ql_status ql_cuda_kv_write(void *ctx, const ql_tensor *k, const ql_tensor *v, co
     return QL_OK;
 }
 
+/* A head's slots lie together: one copy of kv_heads rows for the keys, one for the values. */
+ql_status ql_cuda_kv_copy(void *ctx, ql_kv_view src, int64_t from, ql_kv_view dst, int64_t to, int64_t n,
+                          ql_err *err)
+{
+    ENTER;
+    const ql_tensor *const pairs[2][2] = {{src.k, dst.k}, {src.v, dst.v}};
+    const size_t slot = (size_t)src.k->shape[2] * ql_dtype_size(src.k->dtype);
+    const size_t in_pitch = (size_t)src.k->shape[1] * slot, out_pitch = (size_t)dst.k->shape[1] * slot;
+    if (n == 0) return QL_OK;
+    for (int i = 0; i < 2; i++) {
+        QL_CUDA_RUN("kv_copy", cudaMemcpy2DAsync((char *)pairs[i][1]->data + (size_t)to * slot, out_pitch,
+                                                 (const char *)pairs[i][0]->data + (size_t)from * slot,
+                                                 in_pitch, (size_t)n * slot, (size_t)src.k->shape[0],
+                                                 cudaMemcpyDeviceToDevice, STREAM));
+    }
+    return QL_OK;
+}
+
 ql_status ql_cuda_swiglu(void *ctx, const ql_tensor *gate, const ql_tensor *up, ql_tensor *y, ql_err *err)
 {
     ENTER;

@@ -1,6 +1,7 @@
 #include "kvcache.h"
 
 #include "mem.h"
+#include "ops.h"
 
 #include <string.h>
 
@@ -44,6 +45,22 @@ ql_status ql_kvcache_new(ql_device *dev, ql_arena *arena, int layers, int64_t kv
 fail:
     ql_kvcache_free(out);
     return status;
+}
+
+ql_status ql_kvcache_copy(const ql_kvcache *src, int from, ql_kvcache *dst, int to, ql_err *err)
+{
+    if (from < 0 || from >= src->sequences || to < 0 || to >= dst->sequences || src->layers != dst->layers)
+        return ql_err_set(err, QL_ERR_ARG, "sequence %d of a cache of %d cannot go on in %d of %d", from + 1,
+                          src->sequences, to + 1, dst->sequences);
+    const int32_t n = src->length[from];
+    if (dst->length[to] != 0 || n > dst->capacity[to])
+        return ql_err_set(err, QL_ERR_ARG, "a sequence of %d tokens does not fit into an empty one of %d", n,
+                          dst->capacity[to]);
+    for (int i = 0; i < src->layers; i++) {
+        QL_TRY(ql_op_kv_copy(src->view[i], src->start[from], dst->view[i], dst->start[to], n, err));
+    }
+    dst->length[to] = n;
+    return QL_OK;
 }
 
 void ql_kvcache_free(ql_kvcache *c)

@@ -20,6 +20,9 @@ typedef struct {
 ql_status ql_kvcache_new(ql_device *dev, ql_arena *arena, int layers, int64_t kv_heads, int64_t head_dim,
                          ql_dtype dtype, int sequences, const int32_t *capacity, ql_kvcache *out /* [OUT] */,
                          ql_err *err);
+/* Sequence `to` of `dst`, which is empty, begins with what sequence `from` of `src` holds: two caches of one
+ * model. The slots are copied on the device. */
+ql_status ql_kvcache_copy(const ql_kvcache *src, int from, ql_kvcache *dst, int to, ql_err *err);
 void ql_kvcache_free(ql_kvcache *c);
 
 #endif

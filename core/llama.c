@@ -3,9 +3,13 @@
 #include "interrupt.h"
 #include "mem.h"
 #include "ops.h"
+#include "process.h"
 
 #include <stdio.h>
 #include <string.h>
+
+/* Smaller requests are not worth asking the system how much memory is left. */
+#define CHECKED_BYTES ((size_t)32 << 20)
 
 static void work_free(struct ql_llama_work *w)
 {
@@ -130,6 +134,13 @@ ql_dtype ql_llama_kv_dtype(const ql_llama *m)
     return m->device->backend->kv_dtype == QL_F32 ? QL_F32 : m->weights.dtype;
 }
 
+/* Keys and values of one token in all layers. */
+static size_t slot_bytes(const ql_llama *m)
+{
+    const ql_config *c = &m->config;
+    return (size_t)(2 * c->layers * c->kv_heads * c->head_dim) * ql_dtype_size(ql_llama_kv_dtype(m));
+}
+
 ql_status ql_llama_expect(const ql_llama *m, int64_t tokens, int64_t longest, int64_t outputs,
                           ql_llama_size *out, ql_err *err)
 {
@@ -141,7 +152,7 @@ ql_status ql_llama_expect(const ql_llama *m, int64_t tokens, int64_t longest, in
         out->activations = expect_work(m, tokens, outputs);
     int64_t tables = ql_rope_positions(longest) * (c->head_dim / 2) * 2;
     out->activations += (size_t)(tables + outputs * c->vocab) * sizeof(float);
-    out->slot = (size_t)(2 * c->layers * c->kv_heads * c->head_dim) * ql_dtype_size(ql_llama_kv_dtype(m));
+    out->slot = slot_bytes(m);
     return QL_OK;
 }
 
@@ -380,6 +391,34 @@ static ql_status run_chunk(ql_llama *m, const ql_kvcache *cache, layout *l, cons
     return status;
 }
 
+/* Linux hands out more memory than there is and ends the process once it is touched, so on the CPU a request
+ * is refused here, as a whole: its parts might each pass. Other devices refuse by themselves. */
+static ql_status check_room(const ql_llama *m, size_t need, const char *what, int64_t tokens, ql_err *err)
+{
+    if (m->device->backend != &ql_backend_cpu || need < CHECKED_BYTES) return QL_OK;
+    size_t available = ql_process_memory_available();
+    if (need <= available) return QL_OK;
+    ql_err_set(err, QL_ERR_MEMORY,
+               "out of memory: %zu bytes (%.1f MiB) needed for %s %lld tokens, %.1f MiB available", need,
+               (double)need / 0x1p20, what, (long long)tokens, (double)available / 0x1p20);
+    return ql_err_hint(err, "close models that are no longer needed, or use a smaller batch or context");
+}
+
+/* Working memory, logits and the cache's slots that a pass is the first to write. */
+static ql_status check_pass(const ql_llama *m, const layout *l, int64_t longest, const ql_tensor *logits,
+                            ql_err *err)
+{
+    if (m->device->backend != &ql_backend_cpu) return QL_OK;
+    ql_llama_size size;
+    QL_TRY(ql_llama_expect(m, l->tokens, longest, l->outputs, &size, err));
+    size_t need = size.activations + (size_t)l->tokens * size.slot;
+    size_t held = logits->storage ? ql_tensor_bytes(logits) : 0;
+    const struct ql_llama_work *w = &m->work;
+    const ql_tensor *const all[] = {&w->x, &w->h, &w->q, &w->k, &w->v, &w->att, &w->gate, &w->up};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) held += ql_tensor_bytes(all[i]);
+    return check_room(m, need > held ? need - held : 0, "a pass over", l->tokens, err);
+}
+
 ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *b, const ql_trace *trace,
                            ql_tensor *logits, ql_err *err)
 {
@@ -391,6 +430,8 @@ ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *b, co
     }
     int64_t longest = 0, done = 0;
     for (int64_t t = 0; t < l.tokens; t++) longest = l.pos[t] >= longest ? l.pos[t] + 1 : longest;
+    status = check_pass(m, &l, longest, logits, err);
+    if (status != QL_OK) goto fail;
     status = ql_rope_reserve(&m->rope, m->device, m->arena, longest, err);
     if (status != QL_OK) goto fail;
     if (!logits->storage || logits->shape[0] != l.outputs) {
@@ -425,7 +466,12 @@ void ql_llama_reset_peak(ql_llama *m)
 ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql_kvcache *out, ql_err *err)
 {
     memset(out, 0, sizeof *out);
-    for (int i = 0; i < sequences; i++) QL_TRY(check_context(m, i, capacity[i], err));
+    int64_t slots = 0;
+    for (int i = 0; i < sequences; i++) {
+        QL_TRY(check_context(m, i, capacity[i], err));
+        slots += capacity[i];
+    }
+    QL_TRY(check_room(m, (size_t)slots * slot_bytes(m), "a cache of", slots, err));
     return ql_kvcache_new(m->device, m->arena, (int)m->config.layers, m->config.kv_heads, m->config.head_dim,
                           ql_llama_kv_dtype(m), sequences, capacity, out, err);
 }

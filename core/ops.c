@@ -146,6 +146,26 @@ ql_status ql_op_kv_write(const ql_tensor *k, const ql_tensor *v, const ql_tensor
     return dev->backend->kv_write(dev->ctx, k, v, start, pos, cache, err);
 }
 
+static bool is_run(const ql_tensor *cache, int64_t first, int64_t n)
+{
+    return first >= 0 && n >= 0 && first <= cache->shape[1] - n;
+}
+
+ql_status ql_op_kv_copy(ql_kv_view src, int64_t from, ql_kv_view dst, int64_t to, int64_t n, ql_err *err)
+{
+    REQUIRE(src.k && src.k->ndim == 3 && cache_fits(src, src.k->shape[0] * src.k->shape[2]) && dst.k &&
+                dst.k->ndim == 3 && cache_fits(dst, dst.k->shape[0] * dst.k->shape[2]) &&
+                src.k->dtype == dst.k->dtype && src.k->shape[0] == dst.k->shape[0] &&
+                src.k->shape[2] == dst.k->shape[2],
+            "kv_copy", "both caches hold keys and values of one type, [kv_heads, slots, D]");
+    REQUIRE(is_run(src.k, from, n) && is_run(dst.k, to, n), "kv_copy",
+            "%lld slots from %lld to %lld do not fit", (long long)n, (long long)from, (long long)to);
+    ql_device *dev = ql_tensor_device(dst.k);
+    TOGETHER("kv_copy", dev, src.k, src.v, dst.k, dst.v);
+    OP(dev, kv_copy);
+    return dev->backend->kv_copy(dev->ctx, src, from, dst, to, n, err);
+}
+
 ql_status ql_op_attention(const ql_tensor *q, ql_kv_view cache, const ql_tensor *start, const ql_tensor *pos,
                           int heads, ql_tensor *y, ql_err *err)
 {

@@ -13,6 +13,8 @@ ql_status ql_op_rope(ql_tensor *x, const ql_tensor *pos, const ql_tensor *cos, c
                      int heads, ql_err *err);
 ql_status ql_op_kv_write(const ql_tensor *k, const ql_tensor *v, const ql_tensor *start, const ql_tensor *pos,
                          ql_kv_view cache, ql_err *err);
+/* One device; the caller sees to it that the runs do not meet. */
+ql_status ql_op_kv_copy(ql_kv_view src, int64_t from, ql_kv_view dst, int64_t to, int64_t n, ql_err *err);
 ql_status ql_op_attention(const ql_tensor *q, ql_kv_view cache, const ql_tensor *start, const ql_tensor *pos,
                           int heads, ql_tensor *y, ql_err *err);
 ql_status ql_op_swiglu(const ql_tensor *gate, const ql_tensor *up, ql_tensor *y, ql_err *err);

@@ -130,66 +130,119 @@ local function order(count, i)
   return list
 end
 
---- The distinct rows of a batch and where each choice finds its logits: places[item][choice] = { first, last
---- }, counted in the packed logits. Choices of one token share the row of their question.
-local function layout(batch)
-  local rows, counts, ends, known = {}, {}, {}, {}
-  local chosen = {}
-  for b, p in ipairs(batch) do
-    chosen[b] = {}
-    for c, choice in ipairs(p.choices) do
-      local key = b .. ":" .. table.concat(choice.row, ",")
-      local r = known[key]
-      if not r then
-        r = #rows + 1
-        known[key], rows[r], counts[r] = r, choice.row, 0
-      end
-      counts[r] = math.max(counts[r], #choice.continuation)
-      chosen[b][c] = r
+--- Whether all choices of a question follow its context, token for token: only then they can share it.
+local function follows_context(p)
+  for _, choice in ipairs(p.choices) do
+    if #choice.row - #choice.continuation + 1 ~= #p.context then return false end
+    for i, id in ipairs(p.context) do
+      if choice.row[i] ~= id then return false end
     end
   end
-  local total = 0
-  for r, count in ipairs(counts) do
-    total = total + count
-    ends[r] = total
-  end
-  local places = {}
-  for b, p in ipairs(batch) do
-    places[b] = {}
-    for c, choice in ipairs(p.choices) do
-      local last = ends[chosen[b][c]]
-      places[b][c] = { last - #choice.continuation + 1, last }
-    end
-  end
-  return rows, counts, places, total
+  return true
 end
 
---- ln p and greediness of every choice of a batch: { {scores}, {greedy} } an item.
-local function score(batch, places, total, logits)
+--- What a batch feeds to the models, after the `skip` first tokens of every row, which are there already.
+---
+--- First one row for each question: its context, whose last logits score the first token of every choice; a
+--- question whose choices do not all follow its context has a row for each of them. Then, where choices are
+--- longer than one token, a row for the rest of each, which goes on from the question's row.
+---@return { rows: integer[][], counts: integer[], places: table, rest: table, tokens: integer }
+---  places[question][choice] = { first, last } among the logits of `rows`; rest = { rows, counts, parents,
+---  places }, places nil where a choice has none
+local function layout(batch, skip)
+  local plan = { rows = {}, counts = {}, places = {}, tokens = 0,
+    rest = { rows = {}, counts = {}, parents = {}, places = {} } }
+  local rest, at, rest_at = plan.rest, 0, 0
+  local function add(ids, last, count)
+    local row = table.move(ids, skip + 1, last, 1, {})
+    plan.rows[#plan.rows + 1], plan.counts[#plan.counts + 1] = row, count
+    plan.tokens, at = plan.tokens + #row, at + count
+    return at
+  end
+  for b, p in ipairs(batch) do
+    plan.places[b], rest.places[b] = {}, {}
+    local shared = follows_context(p) and add(p.context, #p.context, 1)
+    local parent = #plan.rows
+    for c, choice in ipairs(p.choices) do
+      local n = #choice.continuation
+      if shared then
+        plan.places[b][c] = { shared, shared }
+        if n > 1 then
+          local row = table.move(choice.row, #p.context + 1, #choice.row, 1, {})
+          rest.rows[#rest.rows + 1], rest.counts[#rest.counts + 1] = row, n - 1
+          rest.parents[#rest.parents + 1] = parent
+          rest.places[b][c] = { rest_at + 1, rest_at + n - 1 }
+          plan.tokens, rest_at = plan.tokens + #row, rest_at + n - 1
+        end
+      else
+        local last = add(choice.row, #choice.row, n)
+        plan.places[b][c] = { last - n + 1, last }
+      end
+    end
+  end
+  return plan
+end
+
+--- Adds ln p and greediness of every choice's tokens that `places` names to `results`; from[question][choice]
+--- tokens of each have been scored, and are counted here.
+local function score(batch, places, logits, results, from)
   local lse, best = logits:logsumexp():totable(), logits:argmax()
-  local results = {}
-  for b = 1, #batch do results[b] = { scores = {}, greedy = {} } end
   local widest = 0
   for _, p in ipairs(batch) do widest = math.max(widest, #p.choices) end
   for c = 1, widest do
     local targets = {}
-    for i = 1, total do targets[i] = 0 end
+    for i = 1, #lse do targets[i] = 0 end
     for b, p in ipairs(batch) do
-      local first = places[b][c][1]
-      for j, id in ipairs(p.choices[c].continuation) do targets[first + j - 1] = id end
+      local place = places[b][c]
+      for i = place and place[1] or 1, place and place[2] or 0 do
+        targets[i] = p.choices[c].continuation[from[b][c] + i - place[1] + 1]
+      end
     end
     local picked <close> = logits:gather(targets)
     local values = picked:totable()
-    for b = 1, #batch do
-      local sum, greedy = 0.0, true
-      for i = places[b][c][1], places[b][c][2] do
-        sum = sum + (values[i] - lse[i])
-        greedy = greedy and best[i] == targets[i]
+    for b, r in ipairs(results) do
+      local place = places[b][c]
+      for i = place and place[1] or 1, place and place[2] or 0 do
+        r.scores[c] = r.scores[c] + (values[i] - lse[i])
+        r.greedy[c] = r.greedy[c] and best[i] == targets[i]
+        from[b][c] = from[b][c] + 1
       end
-      results[b].scores[c], results[b].greedy[c] = sum, greedy
     end
   end
-  return results
+end
+
+--- Results that no token has been scored of.
+local function unscored(batch)
+  local results, from = {}, {}
+  for b, p in ipairs(batch) do
+    results[b], from[b] = { scores = {}, greedy = {} }, {}
+    for c in ipairs(p.choices) do results[b].scores[c], results[b].greedy[c], from[b][c] = 0.0, true, 0 end
+  end
+  return results, from
+end
+
+--- A pass that reads all weights for a few tokens costs as much as one over this many: the shared beginning
+--- must save more.
+local WORTHWHILE <const> = 32
+
+--- Tokens that all rows of all questions begin with, and that each has more than, so that the first logits a
+--- choice needs come after them; 0 where they are too few to be worth a pass of their own.
+---@param prepared qlua.prepared[]
+---@return integer
+function evaluate.shared_tokens(prepared)
+  local first, least, rows = nil, math.huge, 0
+  for _, p in ipairs(prepared) do
+    for _, choice in ipairs(p.too_long and {} or p.choices) do
+      first, rows = first or choice.row, rows + 1
+      least = math.min(least, #choice.row - #choice.continuation)
+      local n = 0
+      while n < least and choice.row[n + 1] == first[n + 1] do n = n + 1 end
+      least = n
+    end
+  end
+  local questions = 0
+  for _, p in ipairs(prepared) do questions = questions + (p.too_long and 0 or 1) end
+  return questions > 1 and least * (questions - 1) > WORTHWHILE and least or 0
 end
 
 ---@class qlua.scored        one question, one model
@@ -208,7 +261,8 @@ end
 ---@field seconds number     all batches of this model
 ---@field prefill_seconds number
 ---@field decode_seconds number
----@field prompt_tokens integer
+---@field prompt_tokens integer  that went through the model
+---@field shared_tokens integer  of prompts that did not, for the model had their keys and values
 ---@field decode_tokens integer
 ---@field words integer?
 
@@ -219,7 +273,7 @@ function evaluate.evaluations(count)
   local list = {}
   for i = 1, count do
     list[i] = { results = {}, seconds = 0, prefill_seconds = 0, decode_seconds = 0, prompt_tokens = 0,
-      decode_tokens = 0, words = 0 }
+      shared_tokens = 0, decode_tokens = 0, words = 0 }
   end
   return list
 end
@@ -240,6 +294,7 @@ end
 ---@class qlua.run_options
 ---@field device qlua.device
 ---@field batch_size integer
+---@field share? boolean  false: every row goes through the models whole (default true)
 ---@field progress? { step: function }
 ---@field evaluations? qlua.evaluation[]  filled in batch by batch; default: new ones
 ---@field each? fun(reference: qlua.tensor, test: qlua.tensor, prepared: qlua.prepared)  logits at the answer
@@ -266,49 +321,107 @@ function evaluate.kernels(evaluation)
   return names
 end
 
---- Scores the choices of every question with every model.
+--- Several things that close together.
+local function together()
+  return setmetatable({}, { __close = function(list)
+    for _, one in pairs(list) do one:close() end
+  end })
+end
+
+--- One batch through one model: the results, and the logits that the first tokens were scored on. `begun`:
+--- what the model keeps of the tokens that all rows begin with, or nil.
+local function run_batch(model, batch, plan, begun, device)
+  local rest <const> = plan.rest
+  local more = #rest.rows > 0
+  local kept <close> = together()
+  local logits, seen = model:forward(plan.rows, { rows = plan.counts, after = begun, keep = more })
+  if not logits then return nil, seen end
+  kept.logits, kept.seen = logits, more and seen or nil
+  if more then
+    local last, err = model:forward(rest.rows, { rows = rest.counts, after = seen, parents = rest.parents })
+    if not last then return nil, err end
+    kept.last = last
+  end
+  local synced, err = device:sync()
+  if not synced then return nil, err end
+  local prefilled = sys.time()
+  local results, from = unscored(batch)
+  score(batch, plan.places, logits, results, from)
+  if more then score(batch, rest.places, kept.last, results, from) end
+  kept.logits = nil
+  return results, logits, prefilled
+end
+
+--- Runs every model over the tokens that all rows begin with: what each keeps of them. The time and the
+--- tokens are the model's.
+local function begin_rows(models, prepared, options, evaluations, begun)
+  local skip = options.share ~= false and evaluate.shared_tokens(prepared) or 0
+  if skip == 0 then return skip end
+  local ids
+  for _, p in ipairs(prepared) do
+    if not p.too_long then
+      ids = table.move(p.choices[1].row, 1, skip, 1, {})
+      break
+    end
+  end
+  for m, model in ipairs(models) do
+    options.device:sync()
+    local begin = sys.time()
+    local none, kept = model:forward({ ids }, { rows = { 0 }, keep = true })
+    if not none then return nil, kept end
+    none:close()
+    begun[m] = kept
+    local synced, err = options.device:sync()
+    if not synced then return nil, err end
+    local e, seconds = evaluations[m], sys.time() - begin
+    e.prefill_seconds, e.seconds = e.prefill_seconds + seconds, e.seconds + seconds
+    e.prompt_tokens = e.prompt_tokens + skip
+  end
+  return skip
+end
+
+--- Scores the choices of every question with every model. What all questions begin with (the task's
+--- description, its examples) goes through each model once, and so does each question, whatever the number
+--- and length of its choices: the rest goes on from the keys and values of what came before.
 ---@param models qlua.model[]
 ---@param prepared qlua.prepared[]
 ---@param options qlua.run_options
 ---@return qlua.evaluation[]?, qlua.failure?
 function evaluate.loglikelihood(models, prepared, options)
   local evaluations = options.evaluations or evaluate.evaluations(#models)
+  local begun <close> = together()
+  local skip, why = begin_rows(models, prepared, options, evaluations, begun)
+  if not skip then return nil, why end
   for i, batch in ipairs(batches(prepared, options.batch_size)) do
-    local rows, counts, places, total = layout(batch)
-    local tokens = 0
-    for _, row in ipairs(rows) do tokens = tokens + #row end
-    local kept = {}
+    local plan = layout(batch, skip)
+    local kept <close> = together()
     for _, m in ipairs(order(#models, i)) do
       options.device:kernels()
       options.device:sync()
       local begin = sys.time()
-      local logits, err = models[m]:forward(rows, { rows = counts })
-      if not logits then return nil, err end
-      local synced
-      synced, err = options.device:sync()
-      if not synced then return nil, err end
+      local results, logits, prefilled = run_batch(models[m], batch, plan, begun[m], options.device)
+      if not results then return nil, logits end
+      kept[m] = logits
       local e = evaluations[m]
-      e.prefill_seconds = e.prefill_seconds + sys.time() - begin
-      for b, r in ipairs(score(batch, places, total, logits)) do
+      e.prefill_seconds = e.prefill_seconds + prefilled - begin
+      for b, r in ipairs(results) do
         r.prepared = batch[b]
         r.answer = tasks.argmax(r.scores)
         r.correct = r.answer == batch[b].item.answer
         e.results[#e.results + 1] = r
       end
       e.seconds = e.seconds + sys.time() - begin
-      e.prompt_tokens = e.prompt_tokens + tokens
+      e.prompt_tokens, e.shared_tokens = e.prompt_tokens + plan.tokens, e.shared_tokens + #batch * skip
       add_kernels(e, #batch, options.device:kernels())
-      kept[m] = logits
     end
     if options.each and #models > 1 then
       for b, p in ipairs(batch) do
-        local at = places[b][1][1]
+        local at = plan.places[b][1][1]
         local reference <close> = kept[1]:select(1, at)
         local test <close> = kept[2]:select(1, at)
         options.each(reference, test, p)
       end
     end
-    for _, logits in pairs(kept) do logits:close() end
     if options.progress then options.progress:step(#batch) end
   end
   return evaluations

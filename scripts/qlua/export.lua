@@ -140,6 +140,7 @@ local function task_result(o, evaluation)
   local result = { name = o.task.name, alias = o.task.name, sample_len = n, too_long = o.too_long,
     unparsed = unparsed,
     seconds = evaluation.seconds, prompt_tokens = evaluation.prompt_tokens,
+    shared_tokens = evaluation.shared_tokens,
     kernels = json.array(evaluate.kernels(evaluation)) }
   if n > 0 then
     result["acc,none"] = correct / n

@@ -139,10 +139,24 @@ local model = {}
 --- Logits of one row of token ids, or of several rows packed one after the other: [positions, vocab].
 --- rows: "all" positions (default), the "last" one, or how many trailing ones for each row.
 --- trace(name, tensor) sees every intermediate value ("embed", "layers.0.q", ...).
+--- keep: returns what the model knows of the rows as well. after: rows so kept, which these go on from: row i
+--- from row parents[i]; without parents all from the one that was kept, or each from its own. Kept rows cost
+--- the memory of their tokens until they are closed; going on from them does not change them.
 ---@param rows integer[]|integer[][]
----@param options? { rows: "all"|"last"|integer[]|nil, trace: fun(name: string, value: qlua.tensor)? }
----@return qlua.tensor?, qlua.failure?
+---@param options? { rows: "all"|"last"|integer[]|nil, trace: fun(name: string, value: qlua.tensor)?,
+---  after: qlua.kvcache?, parents: integer[]?, keep: boolean? }
+---@return qlua.tensor?, qlua.kvcache|qlua.failure|nil
 function model:forward(rows, options) end
+
+--- Keys and values of rows that a pass has seen; #kept is the number of rows.
+---@class qlua.kvcache
+local kvcache = {}
+
+--- Tokens of each row, with those of the row it went on from.
+---@return integer[]
+function kvcache:tokens() end
+
+function kvcache:close() end
 
 --- Bytes in the model's own arena: weights, kv, activations, total; `peak` likewise; `resident` counts
 --- weights that it shares with another model too.

@@ -173,6 +173,13 @@ static ql_status far_kv_write(void *ctx, const ql_tensor *k, const ql_tensor *v,
     return ql_backend_cpu.kv_write(ctx, &a, &b, &c, &d, (ql_kv_view){&e, &f}, err);
 }
 
+static ql_status far_kv_copy(void *ctx, ql_kv_view src, int64_t from, ql_kv_view dst, int64_t to, int64_t n,
+                             ql_err *err)
+{
+    ql_tensor a = near(src.k), b = near(src.v), c = near(dst.k), d = near(dst.v);
+    return ql_backend_cpu.kv_copy(ctx, (ql_kv_view){&a, &b}, from, (ql_kv_view){&c, &d}, to, n, err);
+}
+
 static ql_status far_attention(void *ctx, const ql_tensor *q, ql_kv_view cache, const ql_tensor *start,
                                const ql_tensor *pos, int heads, ql_tensor *y, ql_err *err)
 {
@@ -382,6 +389,7 @@ static ql_backend far_backend = {
     .matmul = far_matmul,
     .rope = far_rope,
     .kv_write = far_kv_write,
+    .kv_copy = far_kv_copy,
     .attention = far_attention,
     .swiglu = far_swiglu,
     .gather_rows = far_gather_rows,

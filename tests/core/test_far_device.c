@@ -336,6 +336,44 @@ static ql_status forward(ql_llama *m, const ql_trace *trace, ql_tensor *logits, 
     return status;
 }
 
+/* The last of a row's logits after `head` tokens of it went through another cache; 0: all at once. */
+static void after_copy(ql_llama *m, int32_t head, ql_tensor *logits)
+{
+    enum { ROW = 30 };
+    int32_t ids[ROW], rest = ROW - head, none = 0, one = 1, capacity = ROW;
+    ql_kvcache first = {0}, second;
+    for (int i = 0; i < ROW; i++) ids[i] = (i * 29 + 5) % VOCAB;
+    OK(ql_llama_cache(m, 1, &capacity, &second, &error));
+    if (head > 0) {
+        ql_batch begin = {1, ids, &head, &none, NULL};
+        OK(ql_llama_cache(m, 1, &head, &first, &error));
+        OK(ql_llama_forward(m, &first, &begin, NULL, logits, &error));
+        long downloads = far_seen.downloads;
+        OK(ql_kvcache_copy(&first, 0, &second, 0, &error));
+        assert_int_equal(far_seen.downloads, downloads); /* the slots stay on the device */
+    }
+    ql_batch batch = {1, ids + head, &rest, &one, NULL};
+    OK(ql_llama_forward(m, &second, &batch, NULL, logits, &error));
+    ql_kvcache_free(&first);
+    ql_kvcache_free(&second);
+}
+
+static void copied_sequences(void **state)
+{
+    (void)state;
+    ql_llama *a = make(dev, QL_BF16, true), *b = make(far, QL_BF16, true);
+    ql_tensor want = {0}, got = {0};
+    after_copy(a, 0, &want);
+    for (int32_t head = 1; head < 30; head += 7) {
+        after_copy(b, head, &got);
+        assert_same_tensor(&want, &got);
+    }
+    ql_tensor_free(&want);
+    ql_tensor_free(&got);
+    ql_llama_free(a);
+    ql_llama_free(b);
+}
+
 static ql_status ignore(void *ud, const char *name, const ql_tensor *value, ql_err *err)
 {
     (void)name;
@@ -609,6 +647,7 @@ int main(void)
         cmocka_unit_test(checkpoints),
         cmocka_unit_test(random_models_are_one_stream),
         cmocka_unit_test(passes_give_the_bits_of_the_steps),
+        cmocka_unit_test(copied_sequences),
         cmocka_unit_test(memory_of_a_pass),
         cmocka_unit_test(caches_of_another_type),
         cmocka_unit_test(generation),

@@ -121,6 +121,88 @@ static void pieces_give_the_bits_of_the_whole(void **state)
     }
 }
 
+/* Two rows that go on from one, and one from a row of another length: the bits of whole rows, and the source
+ * is as it was. */
+static void copied_sequences_go_on(void **state)
+{
+    (void)state;
+    ql_llama *m = make(QL_BF16, true);
+    enum { HEAD = 11, SHORT = 3 };
+    static float expected[2][TOKENS * VOCAB];
+    int32_t ids[2][TOKENS], heads[HEAD + SHORT], head_lengths[] = {HEAD, SHORT}, none[] = {0, 0};
+    for (int i = 0; i < 2; i++) {
+        draw(ids[i], TOKENS, (uint32_t)i + 40);
+        whole(m, ids[i], TOKENS, expected[i]);
+    }
+    memcpy(heads, ids[0], HEAD * sizeof *heads);
+    memcpy(heads + HEAD, ids[1], SHORT * sizeof *heads);
+    ql_kvcache source, target;
+    ql_tensor logits = {0};
+    ql_err err;
+    assert_int_equal(ql_llama_cache(m, 2, (int32_t[]){HEAD + 4, SHORT}, &source, &err), QL_OK);
+    ql_batch begin = {2, heads, head_lengths, none, NULL};
+    assert_int_equal(ql_llama_forward(m, &source, &begin, NULL, &logits, &err), QL_OK);
+
+    target = cache_for(m, 3, TOKENS);
+    static const int from[] = {0, 1, 0};
+    int32_t packed[3 * TOKENS], lengths[3];
+    int at = 0;
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(ql_kvcache_copy(&source, from[i], &target, i, &err), QL_OK);
+        assert_int_equal(target.length[i], head_lengths[from[i]]);
+        lengths[i] = TOKENS - head_lengths[from[i]];
+        memcpy(packed + at, ids[from[i]] + head_lengths[from[i]], (size_t)lengths[i] * sizeof *packed);
+        at += lengths[i];
+    }
+    ql_batch rest = {3, packed, lengths, lengths, NULL};
+    assert_int_equal(ql_llama_forward(m, &target, &rest, NULL, &logits, &err), QL_OK);
+    const float *got = logits.data;
+    for (int i = 0; i < 3; i++) {
+        size_t count = (size_t)lengths[i] * VOCAB;
+        assert_memory_equal(got, expected[from[i]] + (size_t)head_lengths[from[i]] * VOCAB,
+                            count * sizeof *got);
+        got += count;
+    }
+    assert_int_equal(source.length[0], HEAD);
+
+    /* Only into an empty sequence that is long enough. */
+    assert_int_equal(ql_kvcache_copy(&source, 0, &target, 1, &err), QL_ERR_ARG);
+    assert_int_equal(ql_kvcache_copy(&source, 2, &target, 1, &err), QL_ERR_ARG);
+    ql_kvcache small = cache_for(m, 1, HEAD - 1);
+    assert_int_equal(ql_kvcache_copy(&source, 0, &small, 0, &err), QL_ERR_ARG);
+    assert_int_equal(small.length[0], 0);
+    ql_tensor_free(&logits);
+    ql_kvcache_free(&small);
+    ql_kvcache_free(&source);
+    ql_kvcache_free(&target);
+    ql_llama_free(m);
+}
+
+/* More than there is of memory is refused before any is taken, with what is needed and what there is. */
+static void what_cannot_fit_is_refused(void **state)
+{
+    (void)state;
+    ql_config large = shape;
+    large.layers = 512;
+    large.kv_heads = 6;
+    large.head_dim = 512;
+    large.heads = 6;
+    large.hidden = 1;
+    large.intermediate = 1;
+    large.max_positions = 1 << 24;
+    ql_llama m = {.device = dev, .config = large, .max_context = large.max_positions};
+    m.weights.dtype = QL_F32;
+    int32_t capacity = 1 << 24; /* each of its 1024 tensors alone is 192 GiB in 4-byte numbers */
+    size_t live = ql_tensor_live_bytes();
+    ql_kvcache cache;
+    ql_err err;
+    assert_int_equal(ql_llama_cache(&m, 1, &capacity, &cache, &err), QL_ERR_MEMORY);
+    assert_non_null(
+        strstr(err.message, "211106232532992 bytes (201326592.0 MiB) needed for a cache of 16777216 tokens"));
+    assert_non_null(strstr(err.message, "MiB available"));
+    assert_int_equal(ql_tensor_live_bytes(), live);
+}
+
 /* Four sequences at different places: one starts while another decodes and a third is fed five tokens. */
 static void sequences_do_not_meet(void **state)
 {
@@ -345,6 +427,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(pieces_give_the_bits_of_the_whole),
+        cmocka_unit_test(copied_sequences_go_on),
+        cmocka_unit_test(what_cannot_fit_is_refused),
         cmocka_unit_test(sequences_do_not_meet),
         cmocka_unit_test(refusals_leave_the_cache_alone),
         cmocka_unit_test(allocations_may_fail),
