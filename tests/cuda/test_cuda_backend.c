@@ -545,7 +545,7 @@ int main(void)
 {
 #ifdef QLUA_EMULATED_PLUGIN
     setenv("QLUA_CUDA_PLUGIN", QLUA_EMULATED_PLUGIN, 0);
-    setenv("QLUA_CUBLASLT", QLUA_EMULATED_CUBLASLT, 0);
+    setenv("QLUA_CUBLASLT", QLUA_EMULATED_CUBLASLT, 1);
 #endif
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_passes_agree_with_steps_and_the_cpu),
