@@ -43,9 +43,9 @@ static int64_t least(int64_t a, int64_t b)
  * scales of double quantization are found by the number of the block, so such a weight is one slice. */
 static int64_t slice_rows(const ql_cuda *c, const qk_cuda_weight *w)
 {
-    int64_t n = w->w.n, k = w->w.k, unit = 16;
-    if (w->nested) return n;
-    while (unit * k % w->w.block != 0) unit *= 2; /* ends: the block is a power of two */
+    int64_t n = w->w.n, k = w->w.k, power = k & -k; /* of two, as the block is */
+    if (w->nested || k < 1) return n;
+    int64_t unit = w->w.block > 16 * power ? w->w.block / power : 16;
     int64_t rows = c->slice / 2 / k / unit * unit;
     return least(n, rows > unit ? rows : unit);
 }
