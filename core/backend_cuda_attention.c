@@ -38,7 +38,10 @@ size_t ql_cuda_attention_need(const ql_cuda *c, const qk_cuda_attention *a)
 
 ql_status ql_cuda_attention_clear(ql_cuda *c, const qk_cuda_attention *a, void *scratch, ql_err *err)
 {
-    if (by_tiles(c, a)) return QL_OK;
+    if (by_tiles(c, a)) {
+        c->zeroed.p = NULL; /* its pass lays other things where the scratch of a smaller one was */
+        return QL_OK;
+    }
     const int64_t tokens = tokens_at_once(a->tokens, a->heads, a->d, a->longest);
     if (c->zeroed.p == scratch && c->zeroed.tokens == tokens && c->zeroed.heads == a->heads &&
         c->zeroed.d == a->d && c->zeroed.longest == a->longest)

@@ -13,6 +13,7 @@
 #include <string.h>
 
 enum { PASS_WORDS = 10, LAYER_WORDS = 5, MATRIX_WORDS = 16 }; /* of a key, at most */
+enum { MOST_FAILURES = 4 };
 
 typedef struct {
     uint64_t *words;
@@ -30,6 +31,7 @@ struct ql_cuda_graphs {
     entry entries[QL_CUDA_GRAPHS];
     key wanted; /* of the pass in hand */
     uint64_t clock;
+    int failures; /* captures that gave no graph; after MOST_FAILURES none is tried again */
 };
 
 /* ---- keys ---- */
@@ -151,26 +153,31 @@ static bool trade(entry *e, cudaGraph_t graph)
     return false;
 }
 
-/* Captures `body` and makes the entry's graph of it. Relaxed, because a kernel's first launch may load it. */
-static ql_status capture(ql_cuda *c, entry *e, const ql_pass *p, ql_cuda_body *run, const void *plan,
-                         ql_err *err)
+/* Captures `run` and makes the entry's graph of it. Relaxed, because a kernel's first launch may load it.
+ * False where no graph can be had (no memory for it, or a driver that refuses what is in it): the launches
+ * can still be queued one by one, and tell what is wrong with them if it is they. */
+static bool capture(ql_cuda *c, entry *e, const ql_pass *p, ql_cuda_body *run, const void *plan)
 {
     cudaStream_t stream = c->lane->stream;
     cudaGraph_t graph = NULL;
+    ql_err ignored;
     unsigned before = c->ran;
-    QL_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture");
+    if (cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed) != cudaSuccess) {
+        cudaGetLastError();
+        return false;
+    }
     c->capturing = true;
     c->ran = 0;
-    ql_status status = run(c, p, plan, err);
+    ql_status status = run(c, p, plan, &ignored);
     e->ran = c->ran;
-    c->ran |= before;
+    c->ran = before;
     c->capturing = false;
-    int error = cudaStreamEndCapture(stream, &graph);
-    if (status == QL_OK) status = ql_cuda_check(c, error, "cudaStreamEndCapture", err);
-    bool made = status == QL_OK && trade(e, graph);
+    bool ended = cudaStreamEndCapture(stream, &graph) == cudaSuccess;
+    if (!ended) cudaGetLastError();
+    bool made = ended && graph && status == QL_OK && trade(e, graph);
     if (graph) cudaGraphDestroy(graph);
-    /* A graph that cannot be made (no memory for it) is no error: its launches can. */
-    return status == QL_OK && !made ? run(c, p, plan, err) : status;
+    if (!made) e->ran = 0;
+    return made;
 }
 
 static ql_status replay(ql_cuda *c, entry *e, ql_err *err)
@@ -184,17 +191,16 @@ ql_status ql_cuda_graph_run(ql_cuda *c, const ql_pass *p, int64_t longest, ql_cu
                             const void *plan, ql_err *err)
 {
     struct ql_cuda_graphs *g = c->graphs;
-    if (!g || !key_make(&g->wanted, p, longest)) return run(c, p, plan, err);
+    if (!g || g->failures >= MOST_FAILURES || !key_make(&g->wanted, p, longest)) return run(c, p, plan, err);
     entry *e = find(g);
     if (e) {
         e->used = ++g->clock;
         if (e->exec && e->ran) return replay(c, e, err);
-        ql_status status = capture(c, e, p, run, plan, err);
-        if (status != QL_OK || !e->exec) {
-            forget(e);
-            return status;
-        }
-        return replay(c, e, err);
+        if (capture(c, e, p, run, plan)) return replay(c, e, err);
+        g->failures++;
+        if (!c->lane->given_up) forget(e);
+        c->zeroed.p = NULL; /* what was captured has zeroed nothing */
+        return run(c, p, plan, err);
     }
     QL_TRY(run(c, p, plan, err));
     e = oldest(g);

@@ -240,8 +240,10 @@ ql_status ql_cuda_pass(void *ctx, const ql_pass *p, ql_err *err)
     QL_TRY(send_indices(c, p, &m, err));
     qk_cuda_attention first = attention_of(p, &m, 0);
     if (p->layers > 0) QL_TRY(ql_cuda_attention_clear(c, &first, m.attention, err));
-    QL_TRY(ql_cuda_product_begin(c, err));
-    if (p->tokens > QK_PRODUCT_TOKENS) return body(c, p, &m, err);
+    if (p->tokens > QK_PRODUCT_TOKENS) { /* fewer never decode on the side stream */
+        QL_TRY(ql_cuda_product_begin(c, err));
+        return body(c, p, &m, err);
+    }
     ql_status status = ql_cuda_graph_run(c, p, m.longest, body, &m, err);
     /* A replay leaves no trace in the record of what is zero: forget it where it may have changed. */
     if (ql_cuda_attention_pieces(&first) > 1) c->zeroed.p = NULL;

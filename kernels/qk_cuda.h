@@ -18,7 +18,7 @@ extern "C" {
 typedef struct CUstream_st *qk_stream; /* cudaStream_t */
 
 /* Whether launches may overlap with the end of the one before (programmatic dependent launch): only where
- * every device in use is sm_90 or later. Off at first. */
+ * every device in use is sm_90 or later, and the kernels were compiled for that. Off at first. */
 void qk_cuda_set_programmatic(bool on);
 
 /* ---- a layer's steps, F32 activations (rows.cu) ---- */

@@ -185,6 +185,15 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute
     return cudaSuccess;
 }
 
+/* As if compiled for the device at hand. */
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *out, const void *)
+{
+    cudaError_t error = emu_ready();
+    if (error) return emu_return(error);
+    out->ptxVersion = out->binaryVersion = emu_read_settings().sm;
+    return cudaSuccess;
+}
+
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data)
 {
     return enqueue(stream, {HOST, cudaMemcpyDefault, [=]() { function(data); }});

@@ -248,6 +248,12 @@ typedef struct cudaLaunchConfig_st {
 
 cudaError_t cudaFuncSetAttribute(const void *kernel, enum cudaFuncAttribute attribute, int value);
 
+typedef struct cudaFuncAttributes {
+    int ptxVersion, binaryVersion; /* 90 for compute capability 9.0 */
+} cudaFuncAttributes;
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *out, const void *kernel);
+
 /* ---- capture and graphs ---- */
 
 enum cudaStreamCaptureStatus {
