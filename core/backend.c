@@ -36,8 +36,10 @@ static ql_status parse(const char *name, char backend[static 8], int *index, ql_
     if (!colon) return QL_OK;
     char *end;
     long value = strtol(colon + 1, &end, 10);
-    if (!isdigit((unsigned char)colon[1]) || *end || value > 1023)
-        return ql_err_set(err, QL_ERR_ARG, "device '%s': '%s' is not a device index", name, colon + 1);
+    if (!isdigit((unsigned char)colon[1]) || *end || value > 1023) {
+        ql_err_set(err, QL_ERR_ARG, "device '%s': '%s' is not a device index", name, colon + 1);
+        return ql_err_hint(err, "indices count from 0, as in %s:0", backend);
+    }
     *index = (int)value;
     return QL_OK;
 }

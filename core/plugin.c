@@ -21,10 +21,12 @@ const ql_backend *ql_plugin_load(const char *path, const char *name, ql_err *err
 {
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
-        const char *why = dlerror(); /* names the file, or the library or symbol that it lacks */
-        ql_err_set(err, QL_ERR_UNSUPPORTED, "the plug-in %s does not load: %s", path,
-                   why ? why : "no reason");
-        ql_err_hint(err, "build it again together with qlua, on a system with the libraries it names");
+        const char *why = dlerror(); /* "FILE: reason": the plug-in itself, or a library that it lacks */
+        size_t length = strlen(path);
+        if (!why) why = "no reason";
+        if (strncmp(why, path, length) == 0 && strncmp(why + length, ": ", 2) == 0) why += length + 2;
+        ql_err_set(err, QL_ERR_UNSUPPORTED, "the plug-in %s does not load: %s", path, why);
+        ql_err_hint(err, "use a " CUDA_FILE " that was built with qlua, and for this system");
         return NULL;
     }
     const ql_backend *(*plugin)(void);
