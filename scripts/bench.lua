@@ -23,6 +23,7 @@ local shapes = require "qlua.shapes"
 local stats = require "qlua.stats"
 local sys = require "qlua.sys"
 local tables = require "qlua.table"
+local work = require "bench_work"
 
 local NAME <const> = "bench"
 
@@ -165,39 +166,11 @@ local function measure_ceilings()
   ceilings.flops[#ceilings.flops + 1] = c.flops_per_second
 end
 
---- What one pass has to do, from the model itself.
-local function work_of(model)
-  local info = model:info()
-  local work = { bytes = 0, linear = 0, head = 0, slot = model:expected_memory(1, 1, 0).kv,
-    attention = 4 * info.heads * info.head_dim * info.layers }
-  for _, m in ipairs(model:matrices()) do
-    work.bytes = work.bytes + m.bytes
-    local kind = m.name == "lm_head" and "head" or "linear"
-    work[kind] = work[kind] + m.rows * m.columns
-  end
-  return work
-end
-
---- Bytes and flops of one pass: `tokens` new ones in each of `rows` rows, after `context` earlier ones.
-local function pass_costs(work, rows, tokens, context)
-  local pairs_read = tokens * context + tokens * (tokens + 1) / 2
-  return work.bytes + rows * work.slot * (context + tokens),
-    rows * (2 * (tokens * work.linear + work.head) + work.attention * pairs_read)
-end
-
-local function prompts_of(rows, vocab, seed)
-  local random, list = stats.random(seed), {}
-  for i = 1, rows do
-    list[i] = {}
-    for j = 1, opts.prefill do list[i][j] = (random() >> 1) % vocab end
-  end
-  return list
-end
-
 --- One turn: a prefill, then the steps of decode, each with its seconds.
 local function turn(entry, rows, round)
   local stamps = {}
-  local _, timing = entry.model:generate(prompts_of(rows, entry.vocab, opts.seed + round), {
+  local _, timing = entry.model:generate(
+    work.prompts(rows, opts.prefill, entry.vocab, opts.seed + round), {
     max_new_tokens = opts.decode + 1, ignore_eos = true,
     on_token = function(row) if row == 1 then stamps[#stamps + 1] = sys.time() end end,
   })
@@ -214,7 +187,7 @@ local function collect(entry)
     for _, test in ipairs { "prefill", "decode" } do
       local tokens = test == "prefill" and opts.prefill or 1
       local context = test == "prefill" and 0 or opts.prefill + (opts.decode - 1) / 2
-      local bytes, flops = pass_costs(entry.work, rows, tokens, context)
+      local bytes, flops = work.pass(entry.work, rows, tokens, context)
       local seconds = entry.samples[rows][test]
       local median = stats.median(seconds)
       results[#results + 1] = { shape = entry.shape, format = entry.format, test = test, batch = rows,
@@ -235,10 +208,11 @@ local function run_group(group, bar)
     entry.model = must(qlua.load_synthetic(entry.shape, { device = device, dtype = f.dtype, quant = f.quant,
       layers = opts.layers, seed = opts.seed }))
     local info = entry.model:info()
-    entry.work, entry.vocab, entry.resident, entry.samples = work_of(entry.model), info.vocab, info.bytes, {}
+    entry.work, entry.vocab, entry.resident, entry.samples = work.of(entry.model), info.vocab, info.bytes, {}
     for _, rows in ipairs(opts.batch_sizes) do entry.samples[rows] = { prefill = {}, decode = {} } end
     -- the first pass makes the pages of weights and buffers resident
-    must(entry.model:forward(prompts_of(1, info.vocab, opts.seed)[1], { rows = "last" })):close()
+    local prompt = work.prompts(1, opts.prefill, info.vocab, opts.seed)[1]
+    must(entry.model:forward(prompt, { rows = "last" })):close()
   end
   for round = 1, opts.rounds do
     for _, rows in ipairs(opts.batch_sizes) do

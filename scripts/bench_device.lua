@@ -15,6 +15,7 @@ local shapes = require "qlua.shapes"
 local stats = require "qlua.stats"
 local sys = require "qlua.sys"
 local tables = require "qlua.table"
+local work = require "bench_work"
 
 local FIELDS <const> = { "date", "version", "hardware", "isa", "driver", "numerics", "shape", "layers",
   "format", "test", "tokens", "context", "batch", "n", "tokens_per_second", "p10", "p90", "bytes", "flops",
@@ -40,35 +41,6 @@ function Bench:rate(format)
   return stats.median((wide and #plain > 0 or #matrix == 0) and plain or matrix)
 end
 
---- What one pass has to do, from the model itself.
-local function work_of(model)
-  local info = model:info()
-  local work = { bytes = 0, linear = 0, head = 0, slot = model:expected_memory(1, 1, 0).kv,
-    attention = 4 * info.heads * info.head_dim * info.layers }
-  for _, m in ipairs(model:matrices()) do
-    work.bytes = work.bytes + m.bytes
-    local kind = m.name == "lm_head" and "head" or "linear"
-    work[kind] = work[kind] + m.rows * m.columns
-  end
-  return work
-end
-
---- Bytes and flops of one pass: `tokens` new ones in each of `rows` rows, after `context` earlier ones.
-local function pass_costs(work, rows, tokens, context)
-  local pairs_read = tokens * context + tokens * (tokens + 1) / 2
-  return work.bytes + rows * work.slot * (context + tokens),
-    rows * (2 * (tokens * work.linear + work.head) + work.attention * pairs_read)
-end
-
-local function prompts_of(rows, length, vocab, seed)
-  local random, list = stats.random(seed), {}
-  for i = 1, rows do
-    list[i] = {}
-    for j = 1, length do list[i][j] = (random() >> 1) % vocab end
-  end
-  return list
-end
-
 --- Lengths of prompts: those of prefill, and the context of decode.
 function Bench:lengths()
   local list, seen = {}, {}
@@ -89,7 +61,7 @@ end
 function Bench:turn(entry, rows, length, round)
   local stamps = {}
   local samples = entry.samples[rows]
-  local prompts = prompts_of(rows, length.tokens, entry.vocab, self.opts.seed + round)
+  local prompts = work.prompts(rows, length.tokens, entry.vocab, self.opts.seed + round)
   local texts, timing = entry.model:generate(prompts, { ignore_eos = true,
     max_new_tokens = length.decode and self.opts.decode + 1 or 1,
     on_token = function(row) if row == 1 then stamps[#stamps + 1] = sys.time() end end })
@@ -112,7 +84,7 @@ end
 
 function Bench:row(entry, rows, test, tokens, context, seconds)
   local new = test == "prefill" and tokens or 1
-  local bytes, flops = pass_costs(entry.work, rows, new, context)
+  local bytes, flops = work.pass(entry.work, rows, new, context)
   local median, samples = stats.median(seconds), entry.samples[rows]
   local fields = { shape = entry.shape, format = entry.format, test = test, batch = rows, tokens = tokens,
     context = context, n = #seconds, tokens_per_second = rows * new / median, seconds = seconds,
@@ -143,7 +115,7 @@ function Bench:open(entry)
     return false
   end
   entry.model = self.must(model, err)
-  entry.work, entry.vocab, entry.samples = work_of(model), model:info().vocab, {}
+  entry.work, entry.vocab, entry.samples = work.of(model), model:info().vocab, {}
   entry.weights = model:memory().resident or model:memory().weights
   for _, rows in ipairs(self.opts.batch_sizes) do entry.samples[rows] = { prefill = {}, decode = {} } end
   return true
