@@ -104,10 +104,18 @@ local function check_memory()
   end
 end
 
+local CUDA_VARIABLES <const> = {
+  "CUDA_VISIBLE_DEVICES", "QLUA_CUBLASLT", "QLUA_CUDA_SYNC", "QLUA_CUDA_GRAPHS", "QLUA_CUDA_PDL",
+  "QLUA_CUDA_SLICE",
+}
+
 --- The CUDA plug-in: where it was found, whether it loads, and what it says that is missing.
 local function check_cuda(cuda)
   local driver = read "/proc/driver/nvidia/version"
   note("devices", "NVIDIA driver", driver and first_line(driver):match "%d[%d.]+" or "none loaded")
+  for _, name in ipairs(CUDA_VARIABLES) do
+    if os.getenv(name) then note("devices", name, os.getenv(name)) end
+  end
   if cuda.loaded then
     note("devices", "cuda plug-in", cuda.plugin)
   elseif cuda.plugin or os.getenv "QLUA_CUDA_PLUGIN" then
