@@ -4,6 +4,7 @@
  * documented ones on.
  */
 #include "lua_model.h"
+#include "outline.h"
 
 #include <string.h>
 
@@ -45,6 +46,8 @@ bool qlua_callback_run(qlua_callback *cb, int nargs, int nresults)
 /* --- loading ---------------------------------------------------------------------------------------------
  */
 
+static bool apply_policy(void *ud, const char *name, int64_t n, int64_t k, ql_quant_spec *spec, ql_err *err);
+
 static bool dtype_option(lua_State *L, int arg, ql_dtype *out)
 {
     const char *name = qlua_option_string(L, arg, "dtype", "auto");
@@ -85,43 +88,78 @@ static int64_t field_size(lua_State *L, int arg, const char *key, int64_t preset
     return qlua_option_integer(L, arg, key, preset, 0, INT32_MAX);
 }
 
-static bool apply_policy(void *ud, const char *name, int64_t n, int64_t k, ql_quant_spec *spec, ql_err *err);
+/* The fields of ql_config in the table at `arg`, which owns nothing. */
+static ql_config check_shape(lua_State *L, int arg)
+{
+    luaL_checktype(L, arg, LUA_TTABLE);
+    ql_config c = {
+        .hidden = field_size(L, arg, "hidden", 0),
+        .intermediate = field_size(L, arg, "intermediate", 0),
+        .layers = field_size(L, arg, "layers", 0),
+        .heads = field_size(L, arg, "heads", 0),
+        .kv_heads = field_size(L, arg, "kv_heads", 0),
+        .head_dim = field_size(L, arg, "head_dim", 0),
+        .vocab = field_size(L, arg, "vocab", 0),
+        .max_positions = field_size(L, arg, "max_context", 2048),
+        .rms_eps = field_number(L, arg, "rms_eps", 1e-5),
+        .rope = {.type = QL_ROPE_NONE, .theta = field_number(L, arg, "rope_theta", 10000), .factor = 1},
+        .tie_embeddings = qlua_option_boolean(L, arg, "tied", false),
+        .bos = -1};
+    strcpy(c.architecture, "LlamaForCausalLM");
+    ql_err err;
+    if (ql_config_check(&c, &err) != QL_OK)
+        luaL_argerror(L, arg, lua_pushfstring(L, "not the shape of a Llama model: %s", err.message));
+    return c;
+}
 
 /* core.load_random(device, shape, dtype, seed, policy or nil) -> model; shape has the fields of ql_config */
 static int model_random(lua_State *L)
 {
     ql_device *dev = qlua_device_check(L, 1);
-    luaL_checktype(L, 2, LUA_TTABLE);
     ql_dtype dtype;
     const char *type = luaL_checkstring(L, 3);
     luaL_argcheck(L, ql_dtype_parse(type, &dtype) && ql_dtype_is_weight(dtype), 3,
                   "dtype is not float32, float16 or bfloat16");
     lua_Integer seed = luaL_optinteger(L, 4, 1);
-    ql_config c = {
-        .hidden = field_size(L, 2, "hidden", 0),
-        .intermediate = field_size(L, 2, "intermediate", 0),
-        .layers = field_size(L, 2, "layers", 0),
-        .heads = field_size(L, 2, "heads", 0),
-        .kv_heads = field_size(L, 2, "kv_heads", 0),
-        .head_dim = field_size(L, 2, "head_dim", 0),
-        .vocab = field_size(L, 2, "vocab", 0),
-        .max_positions = field_size(L, 2, "max_context", 2048),
-        .rms_eps = field_number(L, 2, "rms_eps", 1e-5),
-        .rope = {.type = QL_ROPE_NONE, .theta = field_number(L, 2, "rope_theta", 10000), .factor = 1},
-        .tie_embeddings = qlua_option_boolean(L, 2, "tied", false),
-        .bos = -1};
-    strcpy(c.architecture, "LlamaForCausalLM");
-    ql_err err;
-    if (ql_config_check(&c, &err) != QL_OK)
-        return luaL_argerror(L, 2, lua_pushfstring(L, "not the shape of a Llama model: %s", err.message));
+    ql_config c = check_shape(L, 2);
     qlua_callback cb = {L, 5, false};
     bool policy = !lua_isnoneornil(L, 5);
     if (policy) luaL_checktype(L, 5, LUA_TFUNCTION);
     qlua_pressure(L, 0);
     luaL_checkstack(L, 16, NULL);
     qlua_model_box *box = qlua_box_push(L, QLUA_MODEL, sizeof *box);
+    ql_err err;
     ql_status status =
         ql_llama_random(dev, &c, dtype, (uint64_t)seed, policy ? apply_policy : NULL, &cb, &box->model, &err);
+    if (cb.raised) return lua_error(L);
+    return status == QL_OK ? 1 : qlua_fail(L, &err);
+}
+
+/* core.outline(device, folder or shape, {dtype=, max_context=}, policy or nil) -> a model without weights, or
+ * nil and an error */
+static int model_outline(lua_State *L)
+{
+    static const char *const known[] = {"dtype", "max_context", NULL};
+    ql_device *dev = qlua_device_check(L, 1);
+    lua_settop(L, 4);
+    qlua_options_check(L, 3, known);
+    ql_load_options options;
+    if (!dtype_option(L, 3, &options.dtype))
+        return luaL_error(L, "option 'dtype' is not auto, float32, float16 or bfloat16");
+    options.max_context = qlua_option_integer(L, 3, "max_context", 0, 1, INT32_MAX);
+    bool shape = lua_istable(L, 2);
+    ql_config c = shape ? check_shape(L, 2) : (ql_config){0};
+    const char *folder = shape ? NULL : luaL_checkstring(L, 2);
+    luaL_argcheck(L, !shape || options.dtype != QL_DTYPE_COUNT, 3, "a shape has no dtype of its own");
+    bool policy = !lua_isnil(L, 4);
+    if (policy) luaL_checktype(L, 4, LUA_TFUNCTION);
+    ql_quant_policy ask = policy ? apply_policy : NULL;
+    qlua_callback cb = {L, 4, false};
+    luaL_checkstack(L, 16, NULL);
+    qlua_model_box *box = qlua_box_push(L, QLUA_MODEL, sizeof *box);
+    ql_err err;
+    ql_status status = shape ? ql_outline_random(dev, &c, options.dtype, ask, &cb, &box->model, &err)
+                             : ql_outline_load(dev, folder, &options, ask, &cb, &box->model, &err);
     if (cb.raised) return lua_error(L);
     return status == QL_OK ? 1 : qlua_fail(L, &err);
 }
@@ -414,6 +452,8 @@ void qlua_model_open(lua_State *L)
     qlua_generate_open(L);
     lua_pushcfunction(L, model_load);
     lua_setfield(L, -2, "load");
+    lua_pushcfunction(L, model_outline);
+    lua_setfield(L, -2, "outline");
     lua_pushcfunction(L, model_random);
     lua_setfield(L, -2, "load_random");
 }

@@ -428,6 +428,10 @@ ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *b, co
         ql_tensor_free(logits);
         return status;
     }
+    /* A trace shows whole tensors, so it takes the batch in one piece. */
+    int64_t step = trace ? l.tokens : m->device->backend->pass_tokens;
+    /* What an earlier pass of another size left is not held beside the new logits. */
+    if (m->work.tokens != 0 && m->work.tokens != (l.tokens < step ? l.tokens : step)) work_free(&m->work);
     int64_t longest = 0, done = 0;
     for (int64_t t = 0; t < l.tokens; t++) longest = l.pos[t] >= longest ? l.pos[t] + 1 : longest;
     status = check_pass(m, &l, longest, logits, err);
@@ -440,8 +444,6 @@ ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *b, co
                                   logits, err);
         if (status != QL_OK) goto fail;
     }
-    /* A trace shows whole tensors, so it takes the batch in one piece. */
-    int64_t step = trace ? l.tokens : m->device->backend->pass_tokens;
     for (int64_t first = 0; first < l.tokens; first += step) {
         int64_t n = l.tokens - first < step ? l.tokens - first : step;
         status = run_chunk(m, cache, &l, b->ids, first, n, &done, trace, logits, err);
@@ -476,8 +478,7 @@ ql_status ql_llama_cache(ql_llama *m, int sequences, const int32_t *capacity, ql
                           ql_llama_kv_dtype(m), sequences, capacity, out, err);
 }
 
-/* A model without weights; `config` is moved in (and emptied) whatever happens. */
-static ql_status model_new(ql_device *dev, ql_config *config, ql_llama **out, ql_err *err)
+ql_status ql_llama_new(ql_device *dev, ql_config *config, ql_llama **out, ql_err *err)
 {
     *out = NULL;
     ql_llama *m = ql_calloc(1, sizeof *m);
@@ -500,6 +501,16 @@ static ql_status model_new(ql_device *dev, ql_config *config, ql_llama **out, ql
     return QL_OK;
 }
 
+ql_status ql_llama_place(ql_llama *m, const char *folder, int64_t max_context, ql_err *err)
+{
+    if (max_context > m->config.max_positions)
+        return ql_err_set(err, QL_ERR_ARG, "max_context %lld is above the model's %lld positions",
+                          (long long)max_context, (long long)m->config.max_positions);
+    if (max_context > 0) m->max_context = max_context;
+    m->folder = ql_strdup(folder);
+    return m->folder ? QL_OK : ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+}
+
 ql_status ql_llama_load(ql_device *dev, const char *folder, const ql_load_options *options, ql_llama **out,
                         ql_err *err)
 {
@@ -508,19 +519,9 @@ ql_status ql_llama_load(ql_device *dev, const char *folder, const ql_load_option
     ql_llama *m = NULL;
     ql_config config;
     QL_TRY(ql_config_load(folder, &config, err));
-    QL_TRY(model_new(dev, &config, &m, err));
-    ql_status status = QL_OK;
-    if (options->max_context > m->config.max_positions) {
-        status = ql_err_set(err, QL_ERR_ARG, "max_context %lld is above the model's %lld positions",
-                            (long long)options->max_context, (long long)m->config.max_positions);
-        goto fail;
-    }
-    if (options->max_context > 0) m->max_context = options->max_context;
-    m->folder = ql_strdup(folder);
-    if (!m->folder) {
-        status = ql_err_set(err, QL_ERR_MEMORY, "out of memory");
-        goto fail;
-    }
+    QL_TRY(ql_llama_new(dev, &config, &m, err));
+    ql_status status = ql_llama_place(m, folder, options->max_context, err);
+    if (status != QL_OK) goto fail;
     status = ql_checkpoint_open(folder, &ck, err);
     if (status != QL_OK) goto fail;
     status = ql_weights_load(dev, m->arena, ck, &m->config, options->dtype, &m->weights, err);
@@ -559,7 +560,7 @@ static ql_status model_like(ql_device *dev, const ql_config *src, ql_llama **out
     ql_config config;
     *out = NULL;
     QL_TRY(config_copy(src, &config, err));
-    return model_new(dev, &config, out, err);
+    return ql_llama_new(dev, &config, out, err);
 }
 
 ql_status ql_llama_random(ql_device *dev, const ql_config *config, ql_dtype dtype, uint64_t seed,

@@ -61,6 +61,12 @@ ql_status ql_llama_quantize(const ql_llama *full, ql_quant_policy policy, void *
 ql_status ql_llama_save(const ql_llama *m, const char *folder, const ql_save_options *options, ql_err *err);
 void ql_llama_free(ql_llama *m);
 
+/* What every way to make a model begins with. A model without weights; `config` is moved in, and emptied,
+ * also after a failure. Then, for one that comes from a folder, its name and its context (0: what the config
+ * allows). */
+ql_status ql_llama_new(ql_device *dev, ql_config *config, ql_llama **out /* [OUT] */, ql_err *err);
+ql_status ql_llama_place(ql_llama *m, const char *folder, int64_t max_context, ql_err *err);
+
 /* Let the high-water marks start again from what the model holds without a pass: working memory and rotary
  * tables go first, so that a smaller pass is not charged with a larger one before it. Not inside a pass. */
 void ql_llama_reset_peak(ql_llama *m);

@@ -38,6 +38,13 @@ local models = { run.full, run.test }
 local function outcome(o, evaluator)
   o.prepared = evaluate.prepare(run.tokenizer, o.task, o.items, { max_context = run.context,
     template = o.template })
+  if o.task.kind == "loglikelihood" then
+    run:foresee(evaluate.loglikelihood_passes(o.prepared, opts))
+  else
+    run:foresee(evaluate.generation_passes(o.prepared, { batch_size = opts.batch_size,
+      max_new_tokens = opts.max_gen_toks, max_context = run.context }))
+  end
+  if opts.dry_run then return o end
   o.evaluations = evaluate.evaluations(#models)
   local bar <close> = run:progress(#o.items, o.task.name)
   run:keeping(function()
@@ -61,7 +68,7 @@ local function by_loglikelihood(items)
     end
     return evaluate.loglikelihood(models, prepared, how)
   end)
-  o.metrics = metrics.summary(list, opts.seed)
+  o.metrics = not opts.dry_run and metrics.summary(list, opts.seed) or nil
   return o
 end
 
@@ -85,5 +92,5 @@ for _, items in ipairs(run.tasks) do
   if post or opts.mode ~= "loglikelihood" then outcomes[#outcomes + 1] = by_generation(items) end
   if run.stopped then break end
 end
-results.mmlu(run, outcomes)
+if not opts.dry_run then results.mmlu(run, outcomes) end
 run:finish()

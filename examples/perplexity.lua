@@ -52,6 +52,11 @@ if predictions < 2 then
     predictions, context, #windows))
 end
 
+local fed = #windows[1].ids
+if run:foresee { { tokens = fed, longest = fed, outputs = #windows[1].targets, slots = fed } } then
+  run:finish()
+end
+
 local bar <close> = run:progress(#windows, "windows")
 local values, done = nil, 0
 run:keeping(function()

@@ -62,6 +62,8 @@ local SHARED <const> = {
   log_samples = { "log_samples", short = "s", kind = "flag", help = "write one line per question as well" },
   apply_chat_template = { "apply_chat_template", optional_value = true, metavar = "NAME",
     help = "put questions into the model's chat template (of that name)" },
+  dry_run = { "dry_run", kind = "flag",
+    help = "only say what memory the run would need; nothing is loaded; exit code 1 where it does not fit" },
   metric = { "metric", many = true, metavar = "FILE", help = "a metric of yours in a Lua file" },
 }
 

@@ -3,6 +3,8 @@
 local _ENV <const> = require "qlua.strict"
 
 local core = require "qlua.core"
+local policy = require "qlua.policy"
+local shapes = require "qlua.shapes"
 local stats = require "qlua.stats"
 local sys = require "qlua.sys"
 
@@ -17,6 +19,32 @@ function device:load(model, options)
   local folder, err = core.resolve(model)
   if not folder then return nil, err end
   return core.load(self, folder, options)
+end
+
+--- A model without weights, from the headers of its files: :info(), :matrices() and :expected_memory() say
+--- what they would say of the model itself, or of its quantized twin (`quant`: options of model:quantize).
+--- Whatever needs a weight fails. `model` may be a shape as in qlua.shapes, which needs a dtype.
+---@param model string|table
+---@param options? { dtype: string?, max_context: integer?, quant: table? }
+---@return qlua.model?, qlua.failure?
+function device:outline(model, options)
+  options = options or {}
+  for key in pairs(options) do
+    if key ~= "dtype" and key ~= "max_context" and key ~= "quant" then
+      error(("unknown option '%s' (options are: dtype, max_context, quant)"):format(tostring(key)), 2)
+    end
+  end
+  local source = model
+  if type(model) == "string" then
+    local folder, err = core.resolve(model)
+    if not folder then return nil, err end
+    source = folder
+  elseif type(model) == "table" then
+    source = {}
+    for _, key in ipairs(shapes.fields) do source[key] = model[key] end
+  end
+  return core.outline(self, source, { dtype = options.dtype, max_context = options.max_context },
+    options.quant and policy.make(options.quant) or nil)
 end
 
 local recent = device.kernels

@@ -14,6 +14,7 @@ local data = require "qlua.data"
 local evaluate = require "qlua.evaluate"
 local export = require "qlua.export"
 local failure = require "qlua.failure"
+local forecast = require "qlua.forecast"
 local interrupt = require "qlua.interrupt"
 local json = require "qlua.json"
 local metrics = require "qlua.metrics"
@@ -52,7 +53,7 @@ experiment.model_options = {
     end },
   { "skip", kind = "strings", default = { "lm_head" },
     help = "modules that stay as they are, in place of the default" },
-  "dtype", "device", "threads", "numerics", "max_context", "seed",
+  "dtype", "device", "threads", "numerics", "max_context", "seed", "dry_run",
 }
 
 --- All options of a script: those of the models, and its own; a script's own take precedence.
@@ -134,6 +135,40 @@ function run:scheme()
   return { scheme = o.quant, double = o.double_quant == "true", block = o.block_size, skip = o.skip }
 end
 
+--- A quantized twin of the full model; in a dry run its outline.
+---@param scheme table  options of model:quantize
+---@return qlua.model?, qlua.failure?
+function run:twin(scheme)
+  local o = self.opts
+  if not o.dry_run then return self.full:quantize(scheme) end
+  return self.device:outline(o.model, { dtype = o.dtype, max_context = o.max_context, quant = scheme })
+end
+
+--- In a dry run: adds passes to those that will be foretold.
+---@param passes qlua.pass[]
+---@return boolean dry  then nothing is to be run
+function run:foresee(passes)
+  if not self.opts.dry_run then return false end
+  self.passes = self.passes or {}
+  table.move(passes, 1, #passes, #self.passes + 1, self.passes)
+  return true
+end
+
+--- The end of a dry run: what the passes foreseen need. Exit code 1 where that is more than is free.
+---@param options? { what: string?, twins: { label: string, model: qlua.model }[]? }  what: the labels of the
+---  passes are; twins: in place of the run's own
+function run:foretell(options)
+  options = options or {}
+  local models = { { label = "full", model = self.full } }
+  for _, twin in ipairs(options.twins or { self.test and { label = self.labels[2], model = self.test } }) do
+    models[#models + 1] = { label = twin.label, model = twin.model,
+      own = not self.opts.quantized and forecast.own(twin.model) or nil }
+  end
+  local made = forecast.make(models, self.passes or {}, self:must(self.device:memory()))
+  io.stdout:write(self:header(), "\n", forecast.text(made, options.what))
+  os.exit(made.fits and 0 or 1, true)
+end
+
 function run:close()
   for _, key in ipairs { "test", "full", "device" } do
     if self[key] then self[key]:close() end
@@ -152,7 +187,7 @@ function experiment.open(name, opts, needs)
   needs = needs or {}
   local self = setmetatable({ name = name, opts = opts, date = os.time(),
     stdout_is_terminal = sys.isatty(1) }, run)
-  if opts.output_path then self:must(export.writable(opts.output_path)) end
+  if opts.output_path and not opts.dry_run then self:must(export.writable(opts.output_path)) end
   if opts.log_samples and not opts.output_path then self:must(nil, "--log_samples needs --output_path") end
   self.metrics = self:must(metrics.load_all(opts.metric))
   if opts.tasks then
@@ -166,19 +201,19 @@ function experiment.open(name, opts, needs)
   end
   self.device = self:must(qlua.device(opts.device, { threads = opts.threads, numerics = opts.numerics }))
   self.hardware = self:must(self.device:info())
-  local load_options = { dtype = opts.dtype, max_context = opts.max_context }
-  self.full = self:must(self.device:load(opts.model, load_options))
+  local load = opts.dry_run and self.device.outline or self.device.load
+  self.full = self:must(load(self.device, opts.model, { dtype = opts.dtype, max_context = opts.max_context }))
   self.context = self.full:info().max_context
   if needs.tokenizer ~= false then self.tokenizer = self:must(self.full:tokenizer()) end
   if needs.twin ~= false then
     if opts.quantized then
-      self.test = self:must(self.device:load(opts.quantized, { max_context = opts.max_context }))
+      self.test = self:must(load(self.device, opts.quantized, { max_context = opts.max_context }))
       if self.test:info().vocab ~= self.full:info().vocab then
         self:must(nil, ("%s: its vocabulary is not that of %s"):format(opts.quantized, opts.model))
       end
     else
       self:check_scheme()
-      self.test = self:must(self.full:quantize(self:scheme()))
+      self.test = self:must(self:twin(self:scheme()))
     end
     self.labels = { "full", self.test:info().quant.label }
     self.context = math.min(self.context, self.test:info().max_context)
@@ -279,6 +314,7 @@ end
 ---@param rows { ids: integer[], item: table }[]
 ---@param options { control: boolean?, each: function }
 function run:last_positions(rows, options)
+  if self:foresee(evaluate.last_positions_passes(rows, self.opts.batch_size)) then self:foretell() end
   local bar <close> = self:progress(#rows, "questions")
   local done = 0
   self:keeping(function()
@@ -293,6 +329,7 @@ end
 
 --- The end of a script whose run may have been stopped.
 function run:finish()
+  if self.opts.dry_run then self:foretell() end
   if self.stopped then os.exit(self.failed and 1 or 130, true) end
 end
 
@@ -328,10 +365,12 @@ function run:header()
     detail = q.scheme and ("block %d, %s"):format(q.block,
       q.double and "double quantization" or "float32 scales")
       or ("%d of %d matrices"):format(q.quantized, q.matrices)
-    lines[#lines + 1] = ("quantized %s (%s), %s resident, decoded to %s, activations float32"):format(
-      q.label, detail,
-      table_text.bytes(test.bytes), decoded_to(self.test) or test.dtype)
-    lines[#lines + 1] = ("          %.2f bits a weight in memory, where scales are float32%s"):format(q.bits,
+    local cuda, decoded = device.name ~= "cpu", decoded_to(self.test) or test.dtype
+    lines[#lines + 1] = ("quantized %s (%s), %s resident, decoded to %s, activations float32%s"):format(
+      q.label, detail, table_text.bytes(test.bytes), decoded,
+      cuda and decoded ~= "float32" and ", in products " .. decoded or "")
+    lines[#lines + 1] = ("          %.2f bits a weight in memory, where scales are %s%s"):format(q.bits,
+      cuda and q.double and "quantized too" or "float32",
       q.stored_bits and ("; %.2f in a checkpoint"):format(q.stored_bits) or "")
   end
   return table.concat(lines, "\n") .. "\n"

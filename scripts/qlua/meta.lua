@@ -289,6 +289,7 @@ function core.cuda() end
 function core.tensor(values) end
 function core.device(name, options) end
 function core.load(dev, folder, options) end
+function core.outline(dev, source, options, policy) end
 function core.load_random(dev, shape, dtype, seed, policy) end
 function core.open_checkpoint(path) end
 

@@ -147,8 +147,8 @@ end
 
 --- How the linear layers are stored: { label, scheme, block, double, quantized, matrices, bits, stored_bits
 --- }; label is "nf4", "bfloat16", "mixed nf4 12/30" and the like. bits: memory for each weight of the
---- layers, where scales are float32 and double quantization keeps its own beside them; stored_bits: the same
---- in a checkpoint (nf4-format of bitsandbytes), where all layers are alike.
+--- layers (on the CPU scales are float32 and double quantization keeps its own beside them); stored_bits: the
+--- same in a checkpoint (nf4-format of bitsandbytes), where all layers are alike.
 local function quantization(self, dtype)
   local quantized, first, same = 0, nil, true
   local bytes, weights = 0, 0
@@ -193,10 +193,11 @@ end
 ---@param tokens integer   of all rows together
 ---@param longest integer  of the longest row
 ---@param outputs integer  rows of logits wanted
+---@param slots? integer   tokens that the cache has room for; default: `tokens`
 ---@return { weights: integer, kv: integer, activations: integer, total: integer }
-function model:expected_memory(tokens, longest, outputs)
+function model:expected_memory(tokens, longest, outputs, slots)
   local activations, slot = self:_expect(tokens, longest, outputs)
-  local result = { weights = primitive_info(self).bytes, kv = tokens * slot,
+  local result = { weights = primitive_info(self).bytes, kv = (slots or tokens) * slot,
     activations = activations }
   result.total = result.weights + result.kv + result.activations
   return result

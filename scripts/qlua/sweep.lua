@@ -145,6 +145,14 @@ end
 ---@param options { sizes: integer[], runs: integer, warmup: integer, logits: "all"|"last", seed: integer }
 ---@return qlua.sweep_point[]
 function sweep.run(run, rows, options)
+  if run.opts.dry_run then
+    for _, size in ipairs(options.sizes) do
+      local w = widest_of(plan(rows, size, options.runs, options.seed), options.logits)
+      run:foresee { { label = size, tokens = w.tokens, longest = w.longest, outputs = w.outputs,
+        slots = w.tokens } }
+    end
+    run:foretell { what = "batch" }
+  end
   local points = {}
   local passes = 2 * (options.runs + math.max(1, options.warmup))
   local bar <close> = run:progress(#options.sizes * passes, "passes")

@@ -30,6 +30,15 @@ function variants.run(run, list)
   for _, p in ipairs(prepared) do if p.too_long then done.too_long = done.too_long + 1 end end
   done.scored = #prepared - done.too_long
   run:some(done.scored, done.too_long, run.context)
+  if run:foresee(evaluate.loglikelihood_passes(prepared, { batch_size = run.opts.batch_size })) then
+    local twins = {}
+    for _, entry in ipairs(list) do
+      if entry.spec then
+        twins[#twins + 1] = { label = entry.label, model = run:must(run:twin(entry.spec)) }
+      end
+    end
+    run:foretell { twins = twins }
+  end
   local bar <close> = run:progress(done.scored * #list, "questions")
   run:keeping(function()
     for i, entry in ipairs(list) do
