@@ -1,4 +1,5 @@
---- What the two benchmarks, bench.lua and bench_device.lua, share: prompts, and what a pass has to read and do.
+--- What the two benchmarks, bench.lua and bench_device.lua, share: prompts, and what a pass has to read and
+--- do.
 
 local stats = require "qlua.stats"
 
