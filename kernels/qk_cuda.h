@@ -26,8 +26,10 @@ void qk_cuda_set_programmatic(bool on);
 /* y[t] = table[ids[t]]: table [V, H] in `f`, y [T, H]. */
 int qk_cuda_embed(qk_stream stream, qk_format f, const void *table, const int32_t *ids, int64_t t, int64_t h,
                   float *y);
+/* y may be x. */
 int qk_cuda_rmsnorm(qk_stream stream, const float *x, const float *w, float eps, int64_t t, int64_t h,
                     float *y);
+/* y may be gate. */
 int qk_cuda_swiglu(qk_stream stream, const float *gate, const float *up, int64_t count, float *y);
 /* y[i] = x[rows[i]]: x [*, h], y [n, h]. */
 int qk_cuda_gather_rows(qk_stream stream, const float *x, const int32_t *rows, int64_t n, int64_t h,
@@ -35,7 +37,7 @@ int qk_cuda_gather_rows(qk_stream stream, const float *x, const int32_t *rows, i
 /* y[i] = x[i, cols[i]]: x [n, v]. */
 int qk_cuda_gather_cols(qk_stream stream, const float *x, const int32_t *cols, int64_t n, int64_t v,
                         float *y);
-/* b NULL: a op scalar, or scalar op a when `reversed`. */
+/* b NULL: a op scalar, or scalar op a when `reversed`. y may be a. */
 int qk_cuda_binary(qk_stream stream, qk_binary op, const float *a, const float *b, float scalar,
                    bool reversed, int64_t count, float *y);
 int qk_cuda_convert(qk_stream stream, qk_format from, const void *src, qk_format to, void *dst,
