@@ -43,9 +43,10 @@ static int64_t least(int64_t a, int64_t b)
  * scales of double quantization are found by the number of the block, so such a weight is one slice. */
 static int64_t slice_rows(const ql_cuda *c, const qk_cuda_weight *w)
 {
-    int64_t n = w->w.n, k = w->w.k, power = k & -k; /* of two, as the block is */
+    int64_t n = w->w.n, k = w->w.k;
     if (w->nested || k < 1) return n;
-    int64_t unit = w->w.block > 16 * power ? w->w.block / power : 16;
+    int64_t unit = w->w.block >> __builtin_ctzll((unsigned long long)k); /* both have powers of two */
+    if (unit < 16) unit = 16;
     int64_t rows = c->slice / 2 / k / unit * unit;
     return least(n, rows > unit ? rows : unit);
 }
