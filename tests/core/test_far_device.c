@@ -12,6 +12,7 @@
 #include "device_help.h"
 #include "metrics.h"
 #include "ops.h"
+#include "outline.h"
 
 #include <dirent.h>
 #include <math.h>
@@ -447,6 +448,60 @@ static void memory_of_a_pass(void **state)
 }
 
 /* A backend says what its cache is made of; float32 models keep float32. The CPU has no other. */
+static bool nested_nf4(void *ud, const char *name, int64_t n, int64_t k, ql_quant_spec *spec, ql_err *err)
+{
+    (void)ud;
+    (void)n;
+    (void)k;
+    if (strcmp(name, "lm_head") == 0 || ql_quant_spec_init("nf4", spec, err) != QL_OK) return false;
+    spec->double_quant = true;
+    return true;
+}
+
+/* An outline takes no memory of the device, and foretells what a model holds there, workspaces included. */
+static void outlines(void **state)
+{
+    (void)state;
+    const ql_config c = {.architecture = "LlamaForCausalLM",
+                         .hidden = 128,
+                         .intermediate = 192,
+                         .layers = 3,
+                         .heads = 4,
+                         .kv_heads = 2,
+                         .head_dim = 32,
+                         .vocab = VOCAB,
+                         .max_positions = 256,
+                         .rms_eps = 1e-5,
+                         .rope = {.type = QL_ROPE_NONE, .theta = 10000, .factor = 1},
+                         .bos = -1};
+    for (int i = 0; i < 4; i++) {
+        ql_device *on = i % 2 ? far : dev;
+        ql_quant_policy policy = i < 2 ? NULL : nested_nf4;
+        ql_llama *m, *o;
+        ql_llama_size real, drawn;
+        OK(ql_llama_random(on, &c, QL_BF16, 3, policy, NULL, &m, &error));
+        OK(ql_outline_random(on, &c, QL_BF16, policy, NULL, &o, &error));
+        assert_int_equal(ql_weights_bytes(&m->weights), ql_weights_bytes(&o->weights));
+        assert_int_equal(ql_weights_params(&m->weights), ql_weights_params(&o->weights));
+        assert_int_equal(ql_arena_stats(m->arena).current_total, ql_arena_stats(o->arena).current_total);
+        assert_string_equal(m->device->label, o->device->label);
+        OK(ql_llama_expect(m, 100, 30, 7, &real, &error));
+        OK(ql_llama_expect(o, 100, 30, 7, &drawn, &error));
+        assert_int_equal(real.activations, drawn.activations);
+        assert_int_equal(real.slot, drawn.slot);
+        ql_tensor logits = {0};
+        ql_kvcache cache;
+        const int32_t id = 1, one = 1;
+        ql_batch batch = {1, &id, &one, &one, NULL};
+        OK(ql_llama_cache(o, 1, &one, &cache, &error));
+        assert_int_equal(ql_llama_forward(o, &cache, &batch, NULL, &logits, &error), QL_ERR_UNSUPPORTED);
+        assert_null(logits.storage);
+        ql_kvcache_free(&cache);
+        ql_llama_free(m);
+        ql_llama_free(o);
+    }
+}
+
 static void caches_of_another_type(void **state)
 {
     (void)state;
@@ -649,6 +704,7 @@ int main(void)
         cmocka_unit_test(passes_give_the_bits_of_the_steps),
         cmocka_unit_test(copied_sequences),
         cmocka_unit_test(memory_of_a_pass),
+        cmocka_unit_test(outlines),
         cmocka_unit_test(caches_of_another_type),
         cmocka_unit_test(generation),
         cmocka_unit_test(generation_of_a_damaged_model),

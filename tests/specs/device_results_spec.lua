@@ -62,6 +62,27 @@ describe("logits on the device", function()
   end)
 end)
 
+describe("rows that go on from kept rows", function()
+  it("are whole rows", function()
+    local device <close> = assert(qlua.device(os.getenv "QLUA_TEST_DEVICE" or "cpu",
+      { numerics = "invariant" }))
+    local model <close> = assert(qlua.load_synthetic("tiny", { device = device, seed = 7 }))
+    local heads, tails, rows = { support.ids(9, 256, 1), support.ids(5, 256, 2) }, {}, {}
+    local none <close>, kept = assert(model:forward(heads, { rows = { 0, 0 }, keep = true }))
+    assert.equal(0, none:size(1))
+    local parents <const> = { 2, 1, 2 }
+    for i, parent in ipairs(parents) do
+      tails[i] = support.ids(2 * i, 256, 20 + i)
+      rows[i] = table.move(tails[i], 1, #tails[i], #heads[parent] + 1, table.move(heads[parent], 1,
+        #heads[parent], 1, {}))
+    end
+    local whole <close> = assert(model:forward(rows, { rows = "last" }))
+    local rest <close> = assert(model:forward(tails, { after = kept, parents = parents, rows = "last" }))
+    kept:close()
+    assert.is_true(support.bytes(whole) == support.bytes(rest))
+  end)
+end)
+
 describe("two runs on the device", function()
   it("have the same bits", function()
     for _, model in ipairs { full, twin } do

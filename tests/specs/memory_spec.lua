@@ -100,6 +100,34 @@ describe("a model's memory", function()
     assert.equal(0, model:memory().kv)
   end)
 
+  it("is never more than the weights and one tensor while they are read, converted or quantized", function()
+    local device = support.device()
+    local function largest(model)
+      local most = 0
+      for _, m in ipairs(model:matrices()) do most = math.max(most, m.bytes) end
+      return most -- the embedding has the size of lm_head
+    end
+    for _, dtype in ipairs { "auto", "float32" } do
+      local model <close> = assert(device:load(support.MODELS .. "llama3_bf16", { dtype = dtype }))
+      local memory = model:memory()
+      assert.is_true(memory.peak.total <= memory.weights + largest(model),
+        ("%s: %d at most, then %d"):format(dtype, memory.peak.total, memory.weights))
+      model:reset_peak()
+      for _, double in ipairs { false, true } do
+        local twin <close> = assert(model:quantize { double = double, skip = {} })
+        local own = twin:memory()
+        assert.is_true(own.peak.total <= own.weights + largest(twin),
+          ("twin: %d at most, then %d"):format(own.peak.total, own.weights))
+        assert.equal(memory.weights, model:memory().peak.total) -- nothing of the full one a second time
+      end
+    end
+    for _, name in ipairs { "odd_nf4", "nf4_double" } do
+      local model <close> = assert(device:load(support.MODELS .. name))
+      local memory = model:memory()
+      assert.is_true(memory.peak.total <= memory.weights + largest(model), name)
+    end
+  end)
+
   it("of a twin counts what is its own; what both hold stays with its maker", function()
     local full = tiny()
     local before = full:memory().weights
