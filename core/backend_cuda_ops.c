@@ -97,8 +97,10 @@ ql_status ql_cuda_topk(void *ctx, const ql_tensor *x, int k, ql_tensor *values, 
 ql_status ql_cuda_logsumexp(void *ctx, const ql_tensor *x, double temperature, ql_tensor *out, ql_err *err)
 {
     ENTER;
-    QL_CUDA_RUN("logsumexp",
-                qk_cuda_logsumexp(STREAM, x->data, x->shape[0], x->shape[1], temperature, out->data));
+    char *scratch;
+    QL_TRY(ql_cuda_scratch(c, qk_cuda_logsumexp_bytes(x->shape[0], x->shape[1]), &scratch, err));
+    QL_CUDA_RUN("logsumexp", qk_cuda_logsumexp(STREAM, x->data, x->shape[0], x->shape[1], temperature,
+                                               out->data, scratch));
     return QL_OK;
 }
 

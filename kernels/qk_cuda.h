@@ -71,9 +71,11 @@ int qk_cuda_pack(qk_stream stream, const qk_cuda_source *source, qk_format to, i
 size_t qk_cuda_topk_bytes(int64_t n, int64_t v, int64_t k);
 int qk_cuda_topk(qk_stream stream, const float *x, int64_t n, int64_t v, int64_t k, float *values,
                  int32_t *ids, void *scratch);
-/* float64 sums, relative error 1e-12 or less against qk_logsumexp. */
-int qk_cuda_logsumexp(qk_stream stream, const float *x, int64_t n, int64_t v, double temperature,
-                      double *out);
+/* float64 sums, relative error 1e-12 or less against qk_logsumexp; `scratch` of qk_cuda_logsumexp_bytes,
+ * 16-byte aligned. */
+size_t qk_cuda_logsumexp_bytes(int64_t n, int64_t v);
+int qk_cuda_logsumexp(qk_stream stream, const float *x, int64_t n, int64_t v, double temperature, double *out,
+                      void *scratch);
 /* stats [n, 3], found [n, 2] as in backend.h's row_stats; targets [n] or NULL. */
 int qk_cuda_row_stats(qk_stream stream, const float *x, const int32_t *targets, int64_t n, int64_t v,
                       double *stats, int32_t *found);

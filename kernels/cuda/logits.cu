@@ -1,5 +1,6 @@
-/* Rows of logits in float64: logsumexp, entropy, softmax, Kullback-Leibler divergence. A block a row, which
- * reads it two or three times: a row of 128256 does not fit in shared memory, but it does in L2.
+/* Rows of logits in float64: logsumexp, entropy, softmax, Kullback-Leibler divergence. A block a row
+ * (logsumexp alone: several), which reads it two or three times: a row of 128256 does not fit in shared
+ * memory, but it does in L2.
  *
  * The edge cases are those of kernels/cpu/softmax.c: minus infinity has probability 0, a NaN or an infinity
  * makes what depends on it NaN or infinite.
@@ -76,20 +77,64 @@ static dim3 threads_of(int64_t v)
     return dim3(qk_row_threads(qk_ceil_div(v, 4), 1024));
 }
 
+/* logsumexp alone is asked for at every decoded token, where there may be one row: a row is cut into chunks,
+ * so that more than one multiprocessor works on it. Which chunks there are depends on the row's length only.
+ */
+static constexpr int64_t CHUNK = 8192;
+
+struct partial {
+    double max, sum; /* of a chunk: sum exp((x - max) / temperature), 0 where max is not finite */
+};
+
 template <bool WIDE>
 static __global__ void __launch_bounds__(1024)
-    logsumexp(const float *x, int64_t v, double temperature, double *out)
+    logsumexp_chunk(const float *x, int64_t v, unsigned chunks, double temperature, partial *out)
 {
     qk_wait_earlier();
     qk_next_may_start();
-    const double lse = row_logsumexp<WIDE>(x + (int64_t)blockIdx.x * v, v, temperature);
-    if (threadIdx.x == 0) out[blockIdx.x] = lse;
+    const int64_t from = (int64_t)(blockIdx.x % chunks) * CHUNK, count = v - from < CHUNK ? v - from : CHUNK;
+    const float *part = x + (int64_t)(blockIdx.x / chunks) * v + from;
+    const double max = row_max<WIDE>(part, count);
+    const double sum = isfinite(max) ? sum_exp<WIDE>(part, count, max, temperature) : 0;
+    if (threadIdx.x == 0) out[blockIdx.x] = partial{max, sum};
 }
 
-int qk_cuda_logsumexp(qk_stream stream, const float *x, int64_t n, int64_t v, double temperature, double *out)
+/* A warp a row. */
+static __global__ void logsumexp_row(const partial *part, int chunks, double temperature, double *out)
 {
-    return qk_launch(is_wide_row(x, v) ? logsumexp<true> : logsumexp<false>, dim3((unsigned)n), threads_of(v),
-                     0, stream, x, v, temperature, out);
+    qk_wait_earlier();
+    qk_next_may_start();
+    part += (int64_t)blockIdx.x * chunks;
+    float most = -INFINITY; /* a logit: exact */
+    for (int i = threadIdx.x; i < chunks; i += 32) most = largest_or_nan::apply(most, (float)part[i].max);
+    const double max = qk_warp_reduce<largest_or_nan>(most);
+    double sum = 0;
+    if (isfinite(max)) {
+        for (int i = threadIdx.x; i < chunks; i += 32) {
+            if (part[i].sum > 0) sum += part[i].sum * share((float)part[i].max, max, temperature);
+        }
+    }
+    sum = qk_warp_reduce<qk_sum>(sum);
+    /* not finite: all minus infinity, one infinity, or a NaN */
+    if (threadIdx.x == 0) out[blockIdx.x] = isfinite(max) ? max / temperature + log(sum) : max;
+}
+
+size_t qk_cuda_logsumexp_bytes(int64_t n, int64_t v)
+{
+    return (size_t)(n * qk_ceil_div(v, CHUNK)) * sizeof(partial);
+}
+
+int qk_cuda_logsumexp(qk_stream stream, const float *x, int64_t n, int64_t v, double temperature, double *out,
+                      void *scratch)
+{
+    const int64_t chunks = qk_ceil_div(v, CHUNK);
+    partial *parts = (partial *)scratch;
+    int error = qk_launch(is_wide_row(x, v) ? logsumexp_chunk<true> : logsumexp_chunk<false>,
+                          dim3((unsigned)(n * chunks)), threads_of(v < CHUNK ? v : CHUNK), 0, stream, x, v,
+                          (unsigned)chunks, temperature, parts);
+    if (error) return error;
+    return qk_launch(logsumexp_row, dim3((unsigned)n), dim3(32), 0, stream, parts, (int)chunks, temperature,
+                     out);
 }
 
 /* y may be x: a thread writes what it alone has read, after all have read it for the sum. */

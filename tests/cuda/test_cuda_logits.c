@@ -118,7 +118,7 @@ static void check_sums(const float *a, const float *b, int64_t n, int64_t v, dou
     float *da = shifted_put(a, bytes, shift), *db = shifted_put(b, bytes, shift),
           *y = shifted_new(bytes, shift);
     double *d_lse = cuda_new((size_t)n * 8), *d_kl = cuda_new((size_t)n * 8);
-    CUDA_RUN(qk_cuda_logsumexp(NULL, da, n, v, temperature, d_lse));
+    CUDA_RUN(qk_cuda_logsumexp(NULL, da, n, v, temperature, d_lse, cuda_new(qk_cuda_logsumexp_bytes(n, v))));
     CUDA_RUN(qk_cuda_kl(NULL, da, db, n, v, d_kl));
     CUDA_RUN(qk_cuda_softmax(NULL, da, n, v, temperature, y));
     CUDA_RUN(qk_cuda_softmax(NULL, da, n, v, temperature, da)); /* in place */
@@ -200,6 +200,21 @@ static void test_edges(void **state)
     }
     check_sums(a, b, ROWS, V, 1, 0);
     check_sums(b, a, ROWS, V, 0.5, 0);
+}
+
+/* Rows of two chunks of 8192, one of which has no finite number, or one bad one. */
+static void test_edges_of_chunks(void **state)
+{
+    (void)state;
+    enum { V = 8192 + 40, ROWS = 5 };
+    float *a = new_logits(ROWS, V, 0);
+    for (int i = 0; i < 8192; i++) a[i] = -INFINITY;
+    for (int i = 8192; i < V; i++) a[V + i] = -INFINITY;
+    a[2 * V + 8200] = NAN;
+    a[3 * V + 8200] = INFINITY;
+    for (int i = 0; i < V; i++) a[4 * V + i] = -INFINITY;
+    check_sums(a, a, ROWS, V, 0.5, 0);
+    free(a);
 }
 
 /* ---- a row's figures ---- */
@@ -305,10 +320,11 @@ static void test_rows_stand_alone(void **state)
     float *x = new_logits(N, V, 0), *y = new_logits(N, V, 0), *d = cuda_put(x, N * V * 4),
           *e = cuda_put(y, N * V * 4);
     double *all = cuda_new(N * 16), *one = cuda_new(N * 16);
-    CUDA_RUN(qk_cuda_logsumexp(NULL, d, N, V, 0.7, all));
+    CUDA_RUN(qk_cuda_logsumexp(NULL, d, N, V, 0.7, all, cuda_new(qk_cuda_logsumexp_bytes(N, V))));
     CUDA_RUN(qk_cuda_kl(NULL, d, e, N, V, all + N));
     for (int i = 0; i < N; i++) {
-        CUDA_RUN(qk_cuda_logsumexp(NULL, d + i * V, 1, V, 0.7, one + i));
+        CUDA_RUN(
+            qk_cuda_logsumexp(NULL, d + i * V, 1, V, 0.7, one + i, cuda_new(qk_cuda_logsumexp_bytes(1, V))));
         CUDA_RUN(qk_cuda_kl(NULL, d + i * V, e + i * V, 1, V, one + N + i));
     }
     double a[2 * N], b[2 * N];
@@ -329,6 +345,7 @@ int main(void)
         cmocka_unit_test(test_sums),
         cmocka_unit_test(test_kl_of_neighbours),
         cmocka_unit_test(test_edges),
+        cmocka_unit_test(test_edges_of_chunks),
         cmocka_unit_test(test_row_stats),
         cmocka_unit_test(test_row_stats_of_bad_rows),
         cmocka_unit_test(test_rows_stand_alone),
