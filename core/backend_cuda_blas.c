@@ -58,6 +58,7 @@ static void *open_library(void)
         "libcublasLt.so.13",
         "libcublasLt.so.12",
         "/usr/local/cuda/lib64/libcublasLt.so.13",
+        "/usr/local/cuda-13/lib64/libcublasLt.so.13",
         "/usr/local/cuda/lib64/libcublasLt.so.12",
     };
     const char *named = getenv("QLUA_CUBLASLT");
