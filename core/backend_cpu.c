@@ -15,9 +15,6 @@
 
 enum {
     HUGE_PAGE = 2 << 20,
-    PIECE_WORK = 1 << 16,  /* multiply-adds, or so, that are worth handing to another thread */
-    PIECES = 8,            /* a thread, at most: enough to even out a busy machine */
-    ATTENTION_TOKENS = 16, /* tokens a piece of attention */
 };
 
 enum { RAN_ATTENTION = QK_4BIT + 1, RAN_COUNT };
@@ -91,6 +88,7 @@ static void cpu_close(void *ctx)
     if (!c) return;
     ql_pool_free(c->pool);
     ql_free(c->scratch);
+    ql_free(c->partial);
     ql_free(c);
 }
 
@@ -156,13 +154,14 @@ typedef struct {
     const cpu_context *c;
     cpu_range_fn *fn;
     const void *args;
-    int64_t total, step;
+    cpu_split split;
 } range;
 
 static void run_piece(void *ud, int64_t piece, int worker)
 {
     const range *r = ud;
-    int64_t i0 = piece * r->step, i1 = r->total - i0 < r->step ? r->total : i0 + r->step;
+    int64_t i0, i1;
+    ql_cpu_piece(&r->split, piece, &i0, &i1);
     r->fn(r->args, i0, i1, r->c->scratch + (size_t)worker * r->c->scratch_bytes);
 }
 
@@ -170,15 +169,8 @@ void ql_cpu_for_range(const cpu_context *c, int64_t total, int64_t multiple, dou
                       const void *args)
 {
     if (total <= 0) return;
-    double worth = PIECE_WORK / (work > 0 ? work : 1);
-    int64_t step = (total + c->threads * PIECES - 1) / (c->threads * PIECES);
-    if (c->threads == 1 || (double)total <= worth)
-        step = total;
-    else if ((double)step < worth)
-        step = (int64_t)worth;
-    step = (step + multiple - 1) / multiple * multiple;
-    range r = {c, fn, args, total, step};
-    ql_pool_run(c->pool, run_piece, &r, (total + step - 1) / step);
+    range r = {c, fn, args, ql_cpu_split(c->threads, total, multiple, work)};
+    ql_pool_run(c->pool, run_piece, &r, r.split.pieces);
 }
 
 ql_status ql_cpu_check_indices(const char *what, const ql_tensor *t, int64_t limit, ql_err *err)
@@ -296,9 +288,8 @@ static ql_status cpu_matmul(void *ctx, const ql_tensor *x, const ql_matrix *w, b
     ql_status status = need_scratch(c, c->qk->matmul_scratch(&a.w, a.m), err);
     if (status != QL_OK) return status;
     c->ran |= 1u << a.w.format;
-    bool wide = w->n >= (int64_t)c->qk->matmul_rows_multiple * c->threads * 4;
-    ql_cpu_for_range(c, w->n, wide ? c->qk->matmul_rows_multiple : 16, (double)w->k * (double)a.m,
-                     matmul_range, &a);
+    ql_cpu_for_range(c, w->n, ql_cpu_product_unit(c->threads, w->n, c->qk->matmul_rows_multiple),
+                     (double)w->k * (double)a.m, matmul_range, &a);
     return QL_OK;
 }
 
@@ -374,17 +365,69 @@ static ql_status cpu_kv_copy(void *ctx, ql_kv_view src, int64_t from, ql_kv_view
 typedef struct {
     const cpu_context *c;
     qk_attention a;
-    int64_t tokens, step;
+    cpu_attention_split split;
 } attention_args;
 
 static void attention_piece(void *ud, int64_t piece, int worker)
 {
     const attention_args *args = ud;
     const cpu_context *c = args->c;
-    int64_t t0 = piece / args->a.kv_heads * args->step, t1 = t0 + args->step;
-    if (t1 > args->tokens) t1 = args->tokens;
-    c->qk->attention(&args->a, t0, t1, (int)(piece % args->a.kv_heads),
-                     c->scratch + (size_t)worker * c->scratch_bytes);
+    char *scratch = c->scratch + (size_t)worker * c->scratch_bytes;
+    int64_t t0, t1, run;
+    int kv_head;
+    if (!ql_cpu_attention_piece(&args->split, piece, &t0, &t1, &kv_head, &run)) return;
+    if (args->split.runs > 1)
+        c->qk->attention_run(&args->a, t0, t1, kv_head, run, scratch);
+    else
+        c->qk->attention(&args->a, t0, t1, kv_head, scratch);
+}
+
+/* Pairs of token and cache head [i0, i1). */
+static void join_range(const void *ud, int64_t i0, int64_t i1, void *scratch)
+{
+    (void)scratch;
+    const attention_args *args = ud;
+    for (int64_t i = i0; i < i1; i++) {
+        int64_t t = i / args->a.kv_heads;
+        args->c->qk->attention_join(&args->a, t, t + 1, (int)(i % args->a.kv_heads));
+    }
+}
+
+static ql_status need_partial(cpu_context *c, size_t bytes, ql_err *err)
+{
+    if (bytes <= c->partial_bytes) return QL_OK;
+    char *p = ql_aligned(64, bytes);
+    if (!p) return ql_err_set(err, QL_ERR_MEMORY, "out of memory: %zu bytes for attention", bytes);
+    ql_free(c->partial);
+    c->partial = p;
+    c->partial_bytes = bytes;
+    return QL_OK;
+}
+
+static ql_status run_attention(cpu_context *c, attention_args *args, int64_t tokens, ql_err *err)
+{
+    qk_attention *a = &args->a;
+    const int64_t record = QK_ATTENTION_RECORD(a->d) * (int64_t)sizeof(float);
+    int64_t longest = 0;
+    double work = 0;
+    for (int64_t t = 0; t < tokens; t++) {
+        work += 2.0 * a->heads * a->d * (a->pos[t] + 1);
+        if (a->pos[t] >= longest) longest = (int64_t)a->pos[t] + 1;
+    }
+    args->split = ql_cpu_split_attention(c->threads, tokens, a->kv_heads, longest, work, a->heads * record);
+    const int64_t pieces = args->split.pieces, runs = args->split.runs;
+    if (runs > 1) {
+        QL_TRY(need_partial(c, (size_t)(tokens * a->heads * runs * record), err));
+        a->partial = (float *)(void *)c->partial;
+        a->runs = runs;
+    }
+    if (args->split.threads == 1)
+        for (int64_t i = 0; i < pieces; i++) attention_piece(args, i, 0);
+    else
+        ql_pool_run(c->pool, attention_piece, args, pieces);
+    double each = (double)(a->heads / a->kv_heads * runs * a->d); /* multiply-adds of one join */
+    if (runs > 1) ql_cpu_for_range(c, tokens * a->kv_heads, 1, each, join_range, args);
+    return QL_OK;
 }
 
 static ql_status cpu_attention(void *ctx, const ql_tensor *q, ql_kv_view cache, const ql_tensor *start,
@@ -402,26 +445,16 @@ static ql_status cpu_attention(void *ctx, const ql_tensor *q, ql_kv_view cache, 
                             .kv_heads = (int)cache.k->shape[0],
                             .d = (int)cache.k->shape[2],
                             .slots = cache.k->shape[1]},
-                           q->shape[0],
-                           ATTENTION_TOKENS};
+                           {0}};
     QL_TRY(check_cache(cache, err));
-    ql_status status = check_slots(start, pos, args.a.slots, err);
-    if (status == QL_OK && cache.k->shape[2] > QK_MAX_HEAD_DIM)
-        status = ql_err_set(err, QL_ERR_UNSUPPORTED, "head_dim %lld is above %d",
-                            (long long)cache.k->shape[2], QK_MAX_HEAD_DIM);
-    if (status == QL_OK) status = need_scratch(c, QK_ATTENTION_SCRATCH, err);
-    if (status != QL_OK || args.tokens == 0) return status;
+    QL_TRY(check_slots(start, pos, args.a.slots, err));
+    if (cache.k->shape[2] > QK_MAX_HEAD_DIM)
+        return ql_err_set(err, QL_ERR_UNSUPPORTED, "head_dim %lld is above %d", (long long)cache.k->shape[2],
+                          QK_MAX_HEAD_DIM);
+    QL_TRY(need_scratch(c, QK_ATTENTION_SCRATCH, err));
+    if (q->shape[0] == 0) return QL_OK;
     c->ran |= 1u << RAN_ATTENTION;
-    double work = 0;
-    for (int64_t t = 0; t < args.tokens; t++) work += 2.0 * (double)q->shape[1] * (args.a.pos[t] + 1);
-    while (args.step > 1 && (args.tokens + args.step - 1) / args.step * args.a.kv_heads < c->threads * PIECES)
-        args.step /= 2;
-    int64_t pieces = (args.tokens + args.step - 1) / args.step * args.a.kv_heads;
-    if (work <= PIECE_WORK)
-        for (int64_t i = 0; i < pieces; i++) attention_piece(&args, i, 0);
-    else
-        ql_pool_run(c->pool, attention_piece, &args, pieces);
-    return QL_OK;
+    return run_attention(c, &args, q->shape[0], err);
 }
 
 typedef struct {

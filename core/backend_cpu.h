@@ -12,13 +12,47 @@ typedef struct {
     int threads;
     char *scratch; /* [threads][scratch_bytes], 64-byte aligned */
     size_t scratch_bytes;
+    char *partial; /* attention's, 64-byte aligned */
+    size_t partial_bytes;
     unsigned ran; /* bits 1 << RAN_x, or 1 << a qk_format for its products, since cpu_kernels was asked */
 } cpu_context;
 
+/* An operation's outputs in pieces of whole units, which differ by one unit at most. */
+typedef struct {
+    int64_t total, unit; /* outputs */
+    int64_t pieces;
+} cpu_split;
+
+/* `total` outputs on `threads` threads, in units of `unit`; `work` is what one output costs, in multiply-adds
+ * or so. One piece for what is not worth waking anybody; else a few for each thread, so that the shares of
+ * ql_pool_share are even and what a slow thread leaves can be taken over. */
+cpu_split ql_cpu_split(int threads, int64_t total, int64_t unit, double work);
+/* Outputs [*i0, *i1) of a piece. */
+void ql_cpu_piece(const cpu_split *s, int64_t piece, int64_t *i0 /* [OUT] */, int64_t *i1 /* [OUT] */);
+/* The unit for n outputs of a product: `multiple`, which kernels like best, unless the threads' shares would
+ * be uneven. */
+int64_t ql_cpu_product_unit(int threads, int64_t n, int64_t multiple);
+
+/* Attention in pieces of `step` tokens of one cache head and, when `runs` > 1, one run of positions. */
+typedef struct {
+    int64_t tokens, step, runs;
+    int kv_heads;
+    int64_t pieces, columns; /* pieces = columns * threads, some of them empty */
+    int threads;
+} cpu_attention_split;
+
+/* `longest`: positions of the longest sequence; `work`: multiply-adds of all of it; record_bytes: of one
+ * token's partial results of one run. Little work is for one thread, whatever `threads` says. */
+cpu_attention_split ql_cpu_split_attention(int threads, int64_t tokens, int kv_heads, int64_t longest,
+                                           double work, int64_t record_bytes);
+/* Tokens [*t0, *t1), head and run of a piece; false: it is empty. Each thread's share begins with its
+ * dearest, those of the last tokens. */
+bool ql_cpu_attention_piece(const cpu_attention_split *s, int64_t piece, int64_t *t0 /* [OUT] */,
+                            int64_t *t1 /* [OUT] */, int *kv_head /* [OUT] */, int64_t *run /* [OUT] */);
+
 typedef void cpu_range_fn(const void *args, int64_t i0, int64_t i1, void *scratch);
 
-/* fn over [0, total) in ranges that start at multiples of `multiple`; `work` is what one index costs, in
- * multiply-adds or so. Small totals stay on this thread. */
+/* fn over [0, total) in ranges that start at multiples of `multiple`: see ql_cpu_split. */
 void ql_cpu_for_range(const cpu_context *c, int64_t total, int64_t multiple, double work, cpu_range_fn *fn,
                       const void *args);
 

@@ -47,10 +47,16 @@ typedef struct {
     float *y;                   /* [OUT] [tokens, heads * d] */
     int heads, kv_heads, d;     /* d <= QK_MAX_HEAD_DIM */
     int64_t slots;
+    /* For attention_run, else NULL: [tokens, heads, runs, QK_ATTENTION_RECORD(d)], 64-byte aligned. */
+    float *partial;
+    int64_t runs; /* of the longest sequence */
 } qk_attention;
 
 #define QK_MAX_HEAD_DIM 4096
 #define QK_ATTENTION_SCRATCH (128 * 1024) /* bytes */
+#define QK_ATTENTION_RUN 256              /* positions */
+/* Floats of one run's partial result: the sum of values, padded to 16, its maximum, its sum of weights. */
+#define QK_ATTENTION_RECORD(d) (((d) + 15) / 16 * 16 + 16)
 
 typedef enum { QK_ADD, QK_SUB, QK_MUL, QK_DIV } qk_binary;
 
@@ -66,9 +72,16 @@ typedef struct {
      * by fused multiply-add, the last step zero-padded; then lanes fold by 8, 4, 2, 1. */
     void (*matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                    int64_t n0, int64_t n1, void *scratch);
-    /* All tokens [t0, t1) for the query heads of one cache head. Keys are taken in blocks of 64 counted from
-     * the sequence's first position, so that a token's bits do not depend on the other tokens of the call. */
+    /* All tokens [t0, t1) for the query heads of one cache head. Keys are taken in blocks of 64 and runs of
+     * QK_ATTENTION_RUN counted from the sequence's first position, the runs' results are joined in order: a
+     * token's bits do not depend on the other tokens of the call. */
     void (*attention)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, void *scratch);
+    /* The same bits in pieces that may run at the same time, for few tokens with many keys: every run from 0
+     * to a->runs - 1 leaves its records in a->partial (none for tokens that end before it), then they are
+     * joined. */
+    void (*attention_run)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, int64_t run,
+                          void *scratch);
+    void (*attention_join)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head);
     /* y = x / sqrt(mean(x^2) + eps) * w for rows [t0, t1) of x [*, h]; y may be x. */
     void (*rmsnorm)(const float *x, const float *w, float eps, int64_t h, float *y, int64_t t0, int64_t t1);
     /* Rotate (i, i + d/2) of each head in place, rows [t0, t1) of x [*, heads * d]; cos, sin [positions,

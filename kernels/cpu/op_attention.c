@@ -1,10 +1,11 @@
 /* Causal grouped-query attention with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
  *
  * A sequence's keys are taken in blocks of 64 counted from its first position, and the running maximum, sum
- * and output of a query are rescaled at the block borders only. Every sum has a fixed order, so the bits of a
- * token do not depend on which tokens and heads share the call: prefill equals decode. The queries of a group
- * and of adjacent tokens go through a block together, while its keys and values are in cache; memory does not
- * grow with the context.
+ * and output of a query are rescaled at the block borders only. Every QK_ATTENTION_RUN positions they begin
+ * anew, and what the runs gave is joined in their order; so the runs of a long context can be spread over
+ * threads. Every sum has a fixed order, so the bits of a token do not depend on which tokens and heads share
+ * the call nor on who computes its runs: prefill equals decode. The queries of a group and of adjacent tokens
+ * go through a block together, while its keys and values are in cache; memory does not grow with the context.
  */
 #include "ops.h"
 
@@ -16,11 +17,16 @@ enum {
     WIDE = 8,     /* vectors of an output row kept in registers at a time */
 };
 
+/* Attention of one query to some of its keys, with weights exp(score - max): `out` is not divided yet. */
+typedef struct {
+    float *out; /* [d] padded to 16, the sum of values so far */
+    float max, sum;
+} state;
+
 typedef struct {
     const float *q;
-    float *out;  /* [d], the sum of values so far */
     int64_t len; /* keys it sees */
-    float max, sum;
+    state all, run;
 } query;
 
 /* s[j] = q . key[j] * scale for j < count, minus infinity up to KEYS. */
@@ -78,10 +84,11 @@ static void add_values_all(float *out, const float *values, int d, const float *
     v16_store_n(out + i, o, d - i);
 }
 
-static void through_block(query *it, const float *keys, const float *values, int d, int count, float scale)
+static void through_block(const float *q, state *it, const float *keys, const float *values, int d, int count,
+                          float scale)
 {
     float s[KEYS] __attribute__((aligned(64)));
-    score_block(it->q, keys, d, count, scale, s);
+    score_block(q, keys, d, count, scale, s);
     v16 v[KEYS / 16];
     QK_UNROLL for (int j = 0; j < KEYS / 16; j++) v[j] = v16_load(s + 16 * j);
     float top = v16_hmax(v16_max(v16_max(v[0], v[1]), v16_max(v[2], v[3])));
@@ -99,53 +106,174 @@ static void through_block(query *it, const float *keys, const float *values, int
     add_values_all(it->out, values, d, s, count, lanes[0]);
 }
 
-/* Queries [i0, i1) of one sequence and cache head, counted as token * group + head within the group. */
-static void attend(const qk_attention *a, int64_t first_token, int64_t i0, int64_t i1, int kv_head,
-                   float *out)
+static void start(state *it, float *out, int stride)
 {
-    const int d = a->d, group = a->heads / a->kv_heads, stride = (d + 15) / 16 * 16;
-    const float scale = 1.0f / sqrtf((float)d);
-    const int64_t offset = (kv_head * a->slots + a->start[first_token]) * d;
-    query queries[QUERIES];
-    int64_t longest = 0;
-    for (int64_t i = i0; i < i1; i++) {
+    *it = (state){out, -INFINITY, 0};
+    memset(out, 0, (size_t)stride * sizeof(float));
+}
+
+/* all = all and then next. */
+static void join(state *all, const state *next, int stride)
+{
+    float max = next->max > all->max ? next->max : all->max, lanes[32];
+    v16_store(lanes, v16_exp(v16_sub(v16_set1(all->max), v16_set1(max))));
+    v16_store(lanes + 16, v16_exp(v16_sub(v16_set1(next->max), v16_set1(max))));
+    v16 before = v16_set1(lanes[0]), after = v16_set1(lanes[16]);
+    all->sum = all->sum * lanes[0] + next->sum * lanes[16];
+    all->max = max;
+    for (int e = 0; e < stride; e += 16) {
+        v16 o = v16_mul(v16_load(all->out + e), before);
+        v16_store(all->out + e, v16_fma(v16_load(next->out + e), after, o));
+    }
+}
+
+static void finish(const state *all, int d, float *y)
+{
+    v16 sum = v16_set1(all->sum);
+    for (int e = 0; e < d; e += 16) {
+        v16_store_n(y + e, v16_div(v16_load(all->out + e), sum), d - e < 16 ? d - e : 16);
+    }
+}
+
+static int padded(const qk_attention *a)
+{
+    return (a->d + 15) / 16 * 16;
+}
+
+/* Some queries of one sequence and cache head. */
+typedef struct {
+    query list[QUERIES];
+    int count;
+    int64_t longest;            /* keys */
+    const float *keys, *values; /* of the sequence's first position */
+    int d, stride;
+    float scale;
+} party;
+
+/* Queries [i0, i1), counted as token * group + head within the group; rows of `out` for their states. */
+static void gather(const qk_attention *a, int64_t first_token, int64_t i0, int64_t i1, int kv_head,
+                   float *out, party *p)
+{
+    const int group = a->heads / a->kv_heads;
+    const int64_t offset = (kv_head * a->slots + a->start[first_token]) * a->d;
+    p->d = a->d;
+    p->stride = padded(a);
+    p->scale = 1.0f / sqrtf((float)a->d);
+    p->keys = a->k + offset;
+    p->values = a->v + offset;
+    p->count = (int)(i1 - i0);
+    p->longest = 0;
+    for (int64_t i = i0; i < i1; i++, out += 2 * p->stride) {
         int64_t t = first_token + i / group, head = (int64_t)kv_head * group + i % group;
-        query *it = &queries[i - i0];
-        *it = (query){a->q + (t * a->heads + head) * d, out + (i - i0) * stride, (int64_t)a->pos[t] + 1,
-                      -INFINITY, 0};
-        if (it->len > longest) longest = it->len;
-        memset(it->out, 0, (size_t)stride * sizeof(float));
+        query *it = &p->list[i - i0];
+        *it = (query){.q = a->q + (t * a->heads + head) * a->d, .len = (int64_t)a->pos[t] + 1};
+        it->all.out = out;
+        it->run.out = out + p->stride;
+        if (it->len > p->longest) p->longest = it->len;
     }
-    for (int64_t j = 0; j < longest; j += KEYS) {
-        for (int64_t i = 0; i < i1 - i0; i++) {
-            int64_t count = queries[i].len - j;
+}
+
+/* All queries through run `run`, into their `run` states, or their `all` states when it is the first. */
+static void through_run(party *p, int64_t run)
+{
+    const int64_t first = run * QK_ATTENTION_RUN;
+    int64_t last = first + QK_ATTENTION_RUN < p->longest ? first + QK_ATTENTION_RUN : p->longest;
+    for (int i = 0; i < p->count; i++) {
+        state *it = run ? &p->list[i].run : &p->list[i].all;
+        start(it, it->out, p->stride);
+    }
+    for (int64_t j = first; j < last; j += KEYS) {
+        for (int i = 0; i < p->count; i++) {
+            query *it = &p->list[i];
+            int64_t count = it->len - j;
             if (count <= 0) continue;
-            through_block(&queries[i], a->k + offset + j * d, a->v + offset + j * d, d,
-                          count < KEYS ? (int)count : KEYS, scale);
-        }
-    }
-    for (int64_t i = i0; i < i1; i++) {
-        const query *it = &queries[i - i0];
-        float *y = a->y + (it->q - a->q);
-        v16 sum = v16_set1(it->sum);
-        for (int e = 0; e < d; e += 16) {
-            v16_store_n(y + e, v16_div(v16_load(it->out + e), sum), d - e < 16 ? d - e : 16);
+            through_block(it->q, run ? &it->run : &it->all, p->keys + j * p->d, p->values + j * p->d, p->d,
+                          count < KEYS ? (int)count : KEYS, p->scale);
         }
     }
 }
 
-void QK_NAME(attention)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, void *scratch)
+static void attend(const qk_attention *a, party *p)
 {
-    const int group = a->heads / a->kv_heads, stride = (a->d + 15) / 16 * 16;
-    int64_t room = QK_ATTENTION_SCRATCH / (stride * (int64_t)sizeof(float));
+    for (int64_t run = 0; run * QK_ATTENTION_RUN < p->longest; run++) {
+        through_run(p, run);
+        for (int i = 0; run && i < p->count; i++) {
+            query *it = &p->list[i];
+            if (it->len > run * QK_ATTENTION_RUN) join(&it->all, &it->run, p->stride);
+        }
+    }
+    for (int i = 0; i < p->count; i++) finish(&p->list[i].all, p->d, a->y + (p->list[i].q - a->q));
+}
+
+/* The record of a query, whose place follows from where it lies in a->q. */
+static float *record_of(const qk_attention *a, const float *q, int64_t run)
+{
+    return a->partial + ((q - a->q) / a->d * a->runs + run) * QK_ATTENTION_RECORD(a->d);
+}
+
+static void attend_run(const qk_attention *a, party *p, int64_t run)
+{
+    if (p->longest <= run * QK_ATTENTION_RUN) return;
+    for (int i = 0; i < p->count; i++) {
+        query *it = &p->list[i];
+        /* a token that ends before this run has room for a record, too: nobody reads it */
+        it->all.out = it->run.out = record_of(a, it->q, run);
+    }
+    through_run(p, run);
+    for (int i = 0; i < p->count; i++) {
+        const state *it = run ? &p->list[i].run : &p->list[i].all;
+        it->out[p->stride] = it->max;
+        it->out[p->stride + 1] = it->sum;
+    }
+}
+
+/* Every sequence of tokens [t0, t1), in parties that fit the scratch. run < 0: the whole of them. */
+static void for_parties(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, int64_t run,
+                        void *scratch)
+{
+    const int group = a->heads / a->kv_heads;
+    int64_t room = QK_ATTENTION_SCRATCH / (2 * padded(a) * (int64_t)sizeof(float));
     if (room > QUERIES) room = QUERIES;
     for (int64_t t = t0; t < t1;) {
         int64_t end = t + 1;
         while (end < t1 && a->start[end] == a->start[t]) end++;
         int64_t count = (end - t) * group;
         for (int64_t i = 0; i < count; i += room) {
-            attend(a, t, i, count - i < room ? count : i + room, kv_head, scratch);
+            party p;
+            gather(a, t, i, count - i < room ? count : i + room, kv_head, scratch, &p);
+            if (run < 0)
+                attend(a, &p);
+            else
+                attend_run(a, &p, run);
         }
         t = end;
+    }
+}
+
+void QK_NAME(attention)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, void *scratch)
+{
+    for_parties(a, t0, t1, kv_head, -1, scratch);
+}
+
+void QK_NAME(attention_run)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, int64_t run,
+                            void *scratch)
+{
+    for_parties(a, t0, t1, kv_head, run, scratch);
+}
+
+void QK_NAME(attention_join)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head)
+{
+    const int group = a->heads / a->kv_heads, stride = padded(a);
+    for (int64_t t = t0; t < t1; t++) {
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+            const int64_t row = (t * a->heads + head) * a->d;
+            float *first = record_of(a, a->q + row, 0);
+            state all = {first, first[stride], first[stride + 1]};
+            for (int64_t run = 1; run * QK_ATTENTION_RUN <= a->pos[t]; run++) {
+                float *r = record_of(a, a->q + row, run);
+                join(&all, &(state){r, r[stride], r[stride + 1]}, stride);
+            }
+            finish(&all, a->d, a->y + row);
+        }
     }
 }

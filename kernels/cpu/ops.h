@@ -8,6 +8,9 @@ size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m);
 void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                      int64_t n0, int64_t n1, void *scratch);
 void QK_NAME(attention)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, void *scratch);
+void QK_NAME(attention_run)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, int64_t run,
+                            void *scratch);
+void QK_NAME(attention_join)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head);
 void QK_NAME(rmsnorm)(const float *x, const float *w, float eps, int64_t h, float *y, int64_t t0, int64_t t1);
 void QK_NAME(rope)(float *x, const int32_t *pos, const float *cos, const float *sin, int heads, int d,
                    int64_t t0, int64_t t1);
