@@ -8,7 +8,7 @@ extern const qk_cpu QK_NAME(cpu);
 
 const qk_cpu QK_NAME(cpu) = {
     .isa = QK_STRING(QK_ISA),
-    .matmul_rows_multiple = 16 * V16_TILE_ROWS,
+    .matmul_rows_multiple = 48,
     .matmul_scratch = QK_NAME(matmul_scratch),
     .matmul = QK_NAME(matmul),
     .attention = QK_NAME(attention),

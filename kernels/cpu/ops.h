@@ -7,6 +7,10 @@
 size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m);
 void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                      int64_t n0, int64_t n1, void *scratch);
+/* The same for few activation rows: m <= 2, or V16_DIRECT_COLS when w is 4-bit, and then
+ * k is a multiple of 16. */
+void QK_NAME(direct)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
+                     int64_t n0, int64_t n1);
 void QK_NAME(attention)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, void *scratch);
 void QK_NAME(attention_run)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, int64_t run,
                             void *scratch);
@@ -26,8 +30,12 @@ void QK_NAME(dequantize4)(const qk_matrix *w, qk_format to, void *dst, int64_t i
 float QK_NAME(probe_read)(const void *p, size_t bytes);
 double QK_NAME(probe_fma)(int64_t rounds, float *sink);
 
-/* Elements [i0, i1) of a flattened 4-bit matrix, decoded to dst[0 ..]. */
-void QK_NAME(decode4)(const qk_matrix *w, int64_t i0, int64_t i1, float *dst);
+/* Elements [i0, i1) of a flattened 4-bit matrix, decoded to dst[0 ..]; `finite` as for qk_block_lut. */
+void QK_NAME(decode4)(const qk_matrix *w, bool finite, int64_t i0, int64_t i1, float *dst);
+/* Code book and the scales of rows [n0, n1) are finite: known before a loop, rounding takes two operations
+ * less.
+ */
+bool QK_NAME(is_finite)(const qk_matrix *w, int64_t n0, int64_t n1);
 
 /* The table's 16 values for a block, each as the decoded weight. `finite`: code and absmax are known to be
  * so, and the product is no NaN that the quick rounding would lose. */
@@ -35,6 +43,21 @@ QK_INLINE v16 qk_block_lut(const qk_matrix *w, v16 code, int64_t block_index, bo
 {
     v16 v = v16_mul(code, v16_set1(w->absmax[block_index]));
     return finite && w->round_to == QK_BF16 ? v16_round_bf16_number(v) : v16_round_to(w->round_to, v);
+}
+
+/* Folds `rows` <= 16 accumulators of 16 lanes into outputs y[0 .. rows). */
+QK_INLINE void qk_finish(const float *acc, const float *bias, bool add, float *y, int rows)
+{
+    v16 s = v16_hsum16(acc);
+    if (rows == 16) {
+        if (bias) s = v16_add(s, v16_load(bias));
+        if (add) s = v16_add(v16_load(y), s);
+        v16_store(y, s);
+        return;
+    }
+    if (bias) s = v16_add(s, v16_load_n(bias, rows));
+    if (add) s = v16_add(v16_load_n(y, rows), s);
+    v16_store_n(y, s, rows);
 }
 
 #endif

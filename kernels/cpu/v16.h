@@ -46,6 +46,10 @@ QK_INLINE v16 v16_load_as(qk_format format, const void *p, int64_t i)
     }
 }
 
+#if VT_LANES == 16
+#define vt_load_as(format, p) v16_load_as(format, p, 0)
+#endif
+
 QK_INLINE v16 v16_load_as_n(qk_format format, const void *p, int64_t i, int n)
 {
     if (format == QK_F32) return v16_load_n((const float *)p + i, n);

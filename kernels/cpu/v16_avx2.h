@@ -5,10 +5,12 @@ typedef struct {
     __m256 lo, hi;
 } v16;
 
-/* 12 of 16 registers accumulate. */
+/* Register tile of the product, in vectors of 8 lanes: 12 accumulators, 3 weights and an activation in 16
+ * registers. */
 #define V16_TILE_ROWS 3
-#define V16_TILE_COLS 2
-#define V16_DIRECT_ROWS(M) 2
+#define V16_TILE_COLS 4
+#define V16_TILE_BLOCK 8
+#define V16_DIRECT_ROWS 2
 #define V16_DIRECT_COLS 2
 
 #define V16_BOTH(expr_lo, expr_hi)                                                                           \
@@ -172,6 +174,66 @@ QK_INLINE void v16_store_f16(uint16_t *p, v16 v)
     _mm_storeu_si128((__m128i *)(void *)(p + 8), v16_narrow_f16(v.hi));
 }
 
+#define V16_HAS_TABLE 1
+/* 16 values by 4-bit code, for v16_lookup64: byte p of every value, in both 128-bit halves. vpshufb looks 32
+ * bytes up at once where vpermps does 8 values and knows only 8 codes: 6 (bfloat16) to 8 operations for 16
+ * weights and not 10, two of which are double. */
+typedef struct {
+    __m256i byte[4];
+} v16_table;
+
+/* `high`: the lower halves of all values are zero. */
+QK_INLINE v16_table v16_make_table(v16 values, bool high)
+{
+    const __m256i apart = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12,
+                                           1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i even = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
+    const __m256i odd = _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7);
+    __m256i lo = _mm256_shuffle_epi8(_mm256_castps_si256(values.lo), apart);
+    __m256i hi = _mm256_shuffle_epi8(_mm256_castps_si256(values.hi), apart);
+    v16_table t;
+    __m256i upper = _mm256_unpackhi_epi32(lo, hi);
+    t.byte[2] = _mm256_permutevar8x32_epi32(upper, even);
+    t.byte[3] = _mm256_permutevar8x32_epi32(upper, odd);
+    if (high) return t;
+    __m256i lower = _mm256_unpacklo_epi32(lo, hi);
+    t.byte[0] = _mm256_permutevar8x32_epi32(lower, even);
+    t.byte[1] = _mm256_permutevar8x32_epi32(lower, odd);
+    return t;
+}
+
+/* 32 codes, a byte each, to two v16. In each 128-bit half of `codes`: 8 codes of the first, 8 of the second;
+ * of each, the low half has lanes 0-3 and 8-11, the high half lanes 4-7 and 12-15, as unpacking wants them.
+ */
+QK_INLINE void v16_lookup32(__m256i codes, const v16_table *t, bool high, v16 *out)
+{
+    __m256i b2 = _mm256_shuffle_epi8(t->byte[2], codes), b3 = _mm256_shuffle_epi8(t->byte[3], codes);
+    __m256i upper0 = _mm256_unpacklo_epi8(b2, b3), upper1 = _mm256_unpackhi_epi8(b2, b3);
+    __m256i lower0 = _mm256_setzero_si256(), lower1 = _mm256_setzero_si256();
+    if (!high) {
+        __m256i b0 = _mm256_shuffle_epi8(t->byte[0], codes), b1 = _mm256_shuffle_epi8(t->byte[1], codes);
+        lower0 = _mm256_unpacklo_epi8(b0, b1);
+        lower1 = _mm256_unpackhi_epi8(b0, b1);
+    }
+    out[0].lo = _mm256_castsi256_ps(_mm256_unpacklo_epi16(lower0, upper0));
+    out[0].hi = _mm256_castsi256_ps(_mm256_unpackhi_epi16(lower0, upper0));
+    out[1].lo = _mm256_castsi256_ps(_mm256_unpacklo_epi16(lower1, upper1));
+    out[1].hi = _mm256_castsi256_ps(_mm256_unpackhi_epi16(lower1, upper1));
+}
+
+/* The 64 nibbles of 32 bytes, high one of each byte first. */
+QK_INLINE void v16_lookup64(const uint8_t *p, const v16_table *t, bool high, v16 *out)
+{
+    const __m256i halves = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5,
+                                            8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    x = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(x, halves), 0xd8);
+    __m256i first = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble), second = _mm256_and_si256(x, nibble);
+    v16_lookup32(_mm256_unpacklo_epi8(first, second), t, high, out);
+    v16_lookup32(_mm256_unpackhi_epi8(first, second), t, high, out + 2);
+}
+
 /* Eight nibbles of 4 bytes, high one first. vpermps reads the low 3 bits of an index; bit 3, moved to the
  * sign, picks the half of the table. */
 QK_INLINE __m256 v16_lut4_8(const uint8_t *p, v16 lut)
@@ -229,4 +291,40 @@ QK_INLINE __m256 v16_hsum8(const float *rows)
 QK_INLINE v16 v16_hsum16(const float *rows)
 {
     return V16_BOTH(v16_hsum8(rows), v16_hsum8(rows + 128));
+}
+
+typedef __m256 vt;
+#define VT_LANES 8
+
+QK_INLINE vt vt_zero(void)
+{
+    return _mm256_setzero_ps();
+}
+
+QK_INLINE vt vt_load(const float *p)
+{
+    return _mm256_loadu_ps(p);
+}
+
+QK_INLINE void vt_store(float *p, vt v)
+{
+    _mm256_storeu_ps(p, v);
+}
+
+QK_INLINE vt vt_fma(vt a, vt b, vt c)
+{
+    return _mm256_fmadd_ps(a, b, c);
+}
+
+/* 8 lanes of a row stored in `format`. */
+QK_INLINE vt vt_load_as(qk_format format, const void *p)
+{
+    switch (format) {
+    case QK_BF16:
+        return v16_widen_bf16(p);
+    case QK_F16:
+        return _mm256_cvtph_ps(_mm_loadu_si128(p));
+    default:
+        return _mm256_loadu_ps(p);
+    }
 }

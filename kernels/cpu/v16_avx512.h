@@ -6,9 +6,10 @@ typedef __m512 v16;
 /* Register tile of the product: 24 accumulators, 4 weights and an activation in 32 registers. */
 #define V16_TILE_ROWS 4
 #define V16_TILE_COLS 6
-/* Weight rows taken at once, and most activation rows, when weights are decoded in registers. */
-#define V16_DIRECT_ROWS(M) ((M) <= 4 ? 4 : 2)
-#define V16_DIRECT_COLS 8
+#define V16_TILE_BLOCK 6
+/* Weight rows taken at once, and most activation rows, when 4-bit weights are decoded in registers. */
+#define V16_DIRECT_ROWS 4
+#define V16_DIRECT_COLS 4
 
 #define V16_TAIL(n) ((__mmask16)((1u << (n)) - 1u)) /* 0 <= n <= 16 */
 
@@ -207,3 +208,11 @@ QK_INLINE v16 v16_hsum16(const float *rows)
     const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     return _mm512_permutexvar_ps(order, h);
 }
+
+/* The product's register tile holds whole v16. */
+typedef v16 vt;
+#define VT_LANES 16
+#define vt_zero v16_zero
+#define vt_load v16_load
+#define vt_store v16_store
+#define vt_fma v16_fma

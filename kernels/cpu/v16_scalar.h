@@ -7,7 +7,8 @@ typedef struct {
 
 #define V16_TILE_ROWS 2
 #define V16_TILE_COLS 2
-#define V16_DIRECT_ROWS(M) 2
+#define V16_TILE_BLOCK 2
+#define V16_DIRECT_ROWS 2
 #define V16_DIRECT_COLS 2
 
 #define V16_EACH(expr)                                                                                       \
@@ -148,3 +149,11 @@ QK_INLINE v16 v16_hsum16(const float *rows)
 {
     V16_EACH(v16_hsum(v16_load(rows + 16 * l)));
 }
+
+/* The product's register tile holds whole v16. */
+typedef v16 vt;
+#define VT_LANES 16
+#define vt_zero v16_zero
+#define vt_load v16_load
+#define vt_store v16_store
+#define vt_fma v16_fma
