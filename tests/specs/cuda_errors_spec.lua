@@ -226,7 +226,7 @@ describe("an experiment", function()
     assert.is_true(document.results["jaccard@1"].n > 0 and document.results["jaccard@1"].n < 12)
     holds(out, "not reached")
 
-    out, err, code, folder = example("fault=100", "mmlu.lua --limit 12 --batch_size 4 --mode loglikelihood")
+    out, err, code, folder = example("fault=200", "mmlu.lua --limit 12 --batch_size 4 --mode loglikelihood")
     assert.equal(1, code)
     holds(err, "mmlu.lua: " .. stopped)
     document = result(folder .. "/demo__nf4", "results_")
