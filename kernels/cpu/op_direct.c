@@ -121,14 +121,58 @@ QK_INLINE void direct_4bit(const qk_matrix *w, bool vbmi, bool finite, int M, in
     }
 }
 
+#ifdef V16_HAS_PAIR
+/* The same for rows n and n + 1 of numbers rounded to bfloat16, whose blocks are runs of 32 and more. */
+QK_INLINE void direct_pair(const qk_matrix *w, int M, int64_t n, int64_t last, const float *x, float *acc,
+                           int at)
+{
+    const int64_t k = w->k, run = aligned_run(w), first0 = n * k, first1 = (n + 1 < last ? n + 1 : last) * k;
+    const int shift = __builtin_ctz((unsigned)w->block);
+    const uint8_t *row0 = (const uint8_t *)w->data + first0 / 2,
+                  *row1 = (const uint8_t *)w->data + first1 / 2;
+    const char *next = prefetch_start(w, n, 2, k / 2);
+    __m256 sum[2][4];
+    QK_UNROLL for (int m = 0; m < M; m++)
+    {
+        QK_UNROLL for (int q = 0; q < 4; q++) sum[m][q] = _mm256_setzero_ps();
+    }
+    for (int64_t i = 0; i < k; i += run) {
+        v16_pair_table t =
+            v16_pair_values(w->code, w->absmax[(first0 + i) >> shift], w->absmax[(first1 + i) >> shift]);
+        for (int64_t j = i; j < i + run; j += 32, next += 32) {
+            __builtin_prefetch(next, 0, 2);
+            v16_pair_step(row0 + j / 2, row1 + j / 2, &t, x + j, k, M, sum);
+        }
+    }
+    QK_UNROLL for (int m = 0; m < M; m++)
+    {
+        QK_UNROLL for (int q = 0; q < 4; q++)
+        {
+            float *to = acc + (m * 16 + at) * 16 + 4 * q;
+            _mm_storeu_ps(to, _mm256_castps256_ps128(sum[m][q]));
+            _mm_storeu_ps(to + 16, _mm256_extractf128_ps(sum[m][q], 1));
+        }
+    }
+}
+#endif
+
 QK_INLINE void direct_rows(const qk_matrix *w, qk_format format, bool vbmi, int M, const float *bias,
                            const float *x, bool add, float *y, int64_t n0, int64_t n1)
 {
     float acc[V16_DIRECT_COLS * 256] __attribute__((aligned(64)));
     const bool finite = format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
+#ifdef V16_HAS_PAIR
+    const bool pairs = finite && w->round_to == QK_BF16 && aligned_run(w) >= 32;
+#endif
     for (int64_t n = n0; n < n1; n += 16) {
         int rows = n1 - n < 16 ? (int)(n1 - n) : 16;
         for (int at = 0; at < rows; at += V16_DIRECT_ROWS) {
+#ifdef V16_HAS_PAIR
+            if (pairs) {
+                direct_pair(w, M, n + at, n1 - 1, x, acc, at);
+                continue;
+            }
+#endif
             if (format == QK_4BIT)
                 direct_4bit(w, vbmi, finite, M, n + at, n1 - 1, x, acc, at);
             else

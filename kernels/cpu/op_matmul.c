@@ -16,8 +16,7 @@ enum {
     SUB = 4 * R,                  /* weight rows whose panel fits the first-level cache beside a block */
     STRIP = 48,                   /* most weight rows taken together: a multiple of 16 and of SUB */
     STRIP_BYTES = 256 * 1024,     /* of weights in a strip of few activation rows: the next one is fetched */
-    PIECE = 512,                  /* inputs a piece */
-    BLOCK = V16_TILE_BLOCK,       /* activation rows of a block */
+    PIECE = V16_TILE_PIECE,       /* inputs a piece: of R + C rows they fit the first-level cache */
     FEW = 32,                     /* activation rows that are copied once a call */
     BATCH = 128,                  /* most activation rows that share a decoded strip */
     ACC_STRIDE = STRIP * 16 + 16, /* floats from one activation row's accumulators to the next's */
@@ -236,7 +235,7 @@ static room rooms(const qk_matrix *w, int64_t m)
 {
     bool few = m <= FEW;
     return (room){(size_t)(least(m, BATCH) * ACC_STRIDE), (size_t)((few ? SUB : STRIP) * PIECE),
-                  (size_t)(few ? m * ((w->k + 15) / 16 * 16) : BLOCK * PIECE)};
+                  (size_t)(few ? m * ((w->k + 15) / 16 * 16) : C * PIECE)};
 }
 
 static void matmul_few(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
@@ -280,8 +279,8 @@ static void matmul_many(const qk_matrix *w, const float *bias, const float *x, i
             const int64_t k1 = least(k, k0 + PIECE);
             source s = {.finite = finite};
             find_rows(w, false, n, rows, k0, k1, panel, &s);
-            for (int64_t b = 0; b < m; b += BLOCK) {
-                int64_t cols = least(BLOCK, m - b);
+            for (int64_t b = 0; b < m; b += C) {
+                int64_t cols = least(C, m - b);
                 copy_blocks(x + b * k, k, cols, k0, k1, block);
                 run_tiles(&s, rows, block, cols, k0 == 0, acc + b * ACC_STRIDE, (const char *)block, 0);
             }

@@ -9,7 +9,7 @@ typedef struct {
  * registers. */
 #define V16_TILE_ROWS 3
 #define V16_TILE_COLS 4
-#define V16_TILE_BLOCK 8
+#define V16_TILE_PIECE 1024
 #define V16_DIRECT_ROWS 2
 #define V16_DIRECT_COLS 2
 
@@ -177,7 +177,7 @@ QK_INLINE void v16_store_f16(uint16_t *p, v16 v)
 #define V16_HAS_TABLE 1
 /* 16 values by 4-bit code, for v16_lookup64: byte p of every value, in both 128-bit halves. vpshufb looks 32
  * bytes up at once where vpermps does 8 values and knows only 8 codes: 6 (bfloat16) to 8 operations for 16
- * weights and not 10, two of which are double. */
+ * weights and not 10, four of which are double. */
 typedef struct {
     __m256i byte[4];
 } v16_table;
@@ -244,6 +244,67 @@ QK_INLINE __m256 v16_lut4_8(const uint8_t *p, v16 lut)
     __m256i x = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shift);
     __m256 lo = _mm256_permutevar8x32_ps(lut.lo, x), hi = _mm256_permutevar8x32_ps(lut.hi, x);
     return _mm256_blendv_ps(lo, hi, _mm256_castsi256_ps(_mm256_slli_epi32(x, 28)));
+}
+
+/* Two 4-bit rows side by side, one in each 128-bit half: nothing crosses halves, which takes two operations
+ * and more on Zen, and a look-up serves both. 16 weights take 11.6 vector operations in blocks of 64, a third
+ * of them to make the table. b2 and b3: upper bytes of the 16 bfloat16 values. */
+#define V16_HAS_PAIR 1
+typedef struct {
+    __m256i b2, b3;
+} v16_pair_table;
+
+/* The values code[i] * scale rounded to bfloat16, which must be numbers. */
+QK_INLINE v16_pair_table v16_pair_values(const float *code, float scale0, float scale1)
+{
+    const __m256i apart = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12,
+                                           1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256 scale = _mm256_set_m128(_mm_set1_ps(scale1), _mm_set1_ps(scale0));
+    __m256i v[4];
+    QK_UNROLL for (int q = 0; q < 4; q++)
+    {
+        __m256 four = _mm256_broadcast_ps((const __m128 *)(const void *)(code + 4 * q));
+        __m256 rounded = v16_round_bf16_number_8(_mm256_mul_ps(four, scale));
+        v[q] = _mm256_shuffle_epi8(_mm256_castps_si256(rounded), apart);
+    }
+    __m256i low = _mm256_unpackhi_epi32(v[0], v[1]), high = _mm256_unpackhi_epi32(v[2], v[3]);
+    return (v16_pair_table){_mm256_unpacklo_epi64(low, high), _mm256_unpackhi_epi64(low, high)};
+}
+
+/* 16 codes of each row, to lanes 4q .. 4q+3 in out[q]. */
+QK_INLINE void v16_pair_16(__m256i codes, const v16_pair_table *t, __m256 *out)
+{
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i b2 = _mm256_shuffle_epi8(t->b2, codes), b3 = _mm256_shuffle_epi8(t->b3, codes);
+    __m256i first = _mm256_unpacklo_epi8(b2, b3), second = _mm256_unpackhi_epi8(b2, b3);
+    out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, first));
+    out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, first));
+    out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, second));
+    out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, second));
+}
+
+/* 32 weights of two rows against M activation rows `stride` apart: sum[m][q], halves as above. */
+QK_INLINE void v16_pair_step(const uint8_t *p0, const uint8_t *p1, const v16_pair_table *t, const float *x,
+                             int64_t stride, int M, __m256 (*sum)[4])
+{
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i z = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p0));
+    z = _mm256_inserti128_si256(z, _mm_loadu_si128((const __m128i *)(const void *)p1), 1);
+    __m256i even = _mm256_and_si256(_mm256_srli_epi16(z, 4), nibble), odd = _mm256_and_si256(z, nibble);
+    QK_UNROLL for (int s = 0; s < 2; s++)
+    {
+        __m256 v[4];
+        v16_pair_16(s ? _mm256_unpackhi_epi8(even, odd) : _mm256_unpacklo_epi8(even, odd), t, v);
+        QK_UNROLL for (int m = 0; m < M; m++)
+        {
+            QK_UNROLL for (int q = 0; q < 4; q++)
+            {
+                const float *from = x + m * stride + 16 * s + 4 * q;
+                __m256 a = _mm256_broadcast_ps((const __m128 *)(const void *)from);
+                sum[m][q] = _mm256_fmadd_ps(v[q], a, sum[m][q]);
+            }
+        }
+    }
 }
 
 /* The 16 nibbles of 8 bytes, high one first, looked up in `lut`. */

@@ -6,7 +6,7 @@ typedef __m512 v16;
 /* Register tile of the product: 24 accumulators, 4 weights and an activation in 32 registers. */
 #define V16_TILE_ROWS 4
 #define V16_TILE_COLS 6
-#define V16_TILE_BLOCK 6
+#define V16_TILE_PIECE 512
 /* Weight rows taken at once, and most activation rows, when 4-bit weights are decoded in registers. */
 #define V16_DIRECT_ROWS 4
 #define V16_DIRECT_COLS 4

@@ -7,7 +7,7 @@ typedef struct {
 
 #define V16_TILE_ROWS 2
 #define V16_TILE_COLS 2
-#define V16_TILE_BLOCK 2
+#define V16_TILE_PIECE 512
 #define V16_DIRECT_ROWS 2
 #define V16_DIRECT_COLS 2
 
