@@ -52,7 +52,8 @@ ql_status ql_cuda_enter(ql_cuda *c, ql_err *err)
     if (c->lane->given_up) {
         ql_err_set(err, QL_ERR_DEVICE, "device %s was given up after a fault in %s", c->label,
                    c->lane->fault);
-        return ql_err_hint(err, "start the program again");
+        return ql_err_hint(err, "start the program again%s",
+                           c->sync_each ? "" : ", with QLUA_CUDA_SYNC=1 to learn in which operation it is");
     }
     return ql_cuda_check(c, cudaSetDevice(c->index), "cudaSetDevice", err);
 }
