@@ -377,12 +377,26 @@ QK_INLINE vt vt_fma(vt a, vt b, vt c)
     return _mm256_fmadd_ps(a, b, c);
 }
 
+/* v16_widen_bf16 by one vpshufb, each half picking its four of the eight: vpmovzxwd crosses halves, and FMAs
+ * wait for its two operations. As assembler text, so that the pattern stays in memory: the tile leaves it no
+ * register.
+ */
+QK_INLINE vt vt_widen_bf16(const void *p)
+{
+    static const int8_t spread[32]
+        __attribute__((aligned(32))) = {-1, -1, 0, 1, -1, -1, 2,  3,  -1, -1, 4,  5,  -1, -1, 6,  7,
+                                        -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15};
+    __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128(p));
+    __asm__("vpshufb %1, %0, %0" : "+x"(x) : "m"(spread));
+    return _mm256_castsi256_ps(x);
+}
+
 /* 8 lanes of a row stored in `format`. */
 QK_INLINE vt vt_load_as(qk_format format, const void *p)
 {
     switch (format) {
     case QK_BF16:
-        return v16_widen_bf16(p);
+        return vt_widen_bf16(p);
     case QK_F16:
         return _mm256_cvtph_ps(_mm_loadu_si128(p));
     default:
