@@ -1,46 +1,45 @@
 #!/usr/bin/env python3
 """qlua beside transformers, bitsandbytes and llama.cpp: the same shape, batches and context, in one run.
 
-Every model has random weights of one shape, made here: transformers in bfloat16 (on the CPU also float32),
-bitsandbytes NF4 with double quantization where it is installed, llama.cpp through llama-cpp-python with a GGUF
-file of the same weights where `gguf` is installed too. qlua runs as a program of its own (scripts/bench.lua,
-JSON) on its own random weights: in every round each takes its turn. The device is waited for before every clock
-reading; two passes warm up; figures are medians. What is not installed is said and left out.
+Every model has random weights of one shape, made here. What is not installed is said and left out.
 
-  python3 scripts/bench_peers.py --device cuda
+On the CPU (bench_peers_cpu.py) each model is a process of its own that loads once and takes turns with the
+others, all with the same number of threads: qlua in f32, bf16, NF4 with bf16 head, and NF4 with NF4 head decoded
+to float32; llama.cpp in BF16, IQ4_NL with IQ4_NL or bf16 head and Q4_0, quantized by itself; transformers in
+float32 and bf16; bitsandbytes NF4 with double quantization. Prints tokens per second, then the ratios that
+qlua's CPU kernels are judged by, each with its gate and goal, and the shares of what memory and arithmetic allow.
+
+On CUDA transformers (bf16), bitsandbytes NF4 and llama.cpp BF16 are models in this process, and qlua runs as
+a program of its own (scripts/bench.lua): in every round each takes its turn. The device is waited for before
+every clock reading; a pass warms up. Prints qlua's tokens per second as multiples of the peers'.
+
+  python3 scripts/bench_peers.py --device cpu
   python3 scripts/bench_peers.py --device cpu --shape tiny --batches 1,2 --context 32 --prefill 16
+  python3 scripts/bench_peers.py --device cuda
 
-Prints a table: tokens per second of each, and qlua's as a multiple of the peer's. --json FILE keeps all samples.
+--output FILE keeps all samples as JSON.
 """
 
 import argparse
-import gc
+import importlib.util
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+
+import bench_peers_cpu
+from bench_models import SHAPES, LlamaCpp, Transformers, first_line
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-SHAPES = {
-    "llama-3-8b": dict(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256),
-    "llama-3.2-1b": dict(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocab=128256, tied=True),
-    "smollm2-135m": dict(hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocab=49152, tied=True),
-    "tiny": dict(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocab=256, context=512),
-}
 
 
 def fail(message):
     print(f"bench_peers: {message}", file=sys.stderr)
     sys.exit(1)
-
-
-def first_line(error):
-    return (str(error).splitlines() or [""])[0]
 
 
 def integers(text):
@@ -56,20 +55,46 @@ def integers(text):
 def parse():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    p.add_argument("--shape", default="llama-3-8b", choices=sorted(SHAPES))
-    p.add_argument("--batches", type=integers, default=[1, 2, 4, 8, 16, 32])
-    p.add_argument("--context", type=int, default=512, help="tokens before the steps of decode")
+    p.add_argument("--shape", choices=sorted(SHAPES), help="default: llama-3-8b, on the CPU llama-3.2-1b")
+    p.add_argument("--batches", type=integers, help="default: 1,2,4,8,16,32, on the CPU 1,8")
+    p.add_argument("--context", type=int, help="tokens before the steps of decode; default: 512, on the CPU 128, "
+                   "there of all rows together")
     p.add_argument("--prefill", type=integers, default=[128, 512], help="lengths of prompts")
-    p.add_argument("--rounds", type=int, default=10, help="samples of prefill, turns; at least 10")
+    p.add_argument("--rounds", type=int, help="turns of each; default: 10, on the CPU as many as --minutes allow, "
+                   "10 at most")
     p.add_argument("--decode", type=int, default=16, help="steps of decode a round")
     p.add_argument("--peers", default="transformers,bitsandbytes,llama.cpp")
     p.add_argument("--layers", type=int, help="keep so many layers of the shape")
     p.add_argument("--qlua", help="the binary; default: ./qlua of a portable tree, else build/qlua")
-    p.add_argument("--json", help="file for all samples")
+    p.add_argument("--output", "--json", dest="json", metavar="FILE", help="all samples as JSON")
+    cpu = p.add_argument_group("on the CPU")
+    cpu.add_argument("--threads", type=int, help="of every model; default: the processors this process may use")
+    cpu.add_argument("--models", help="the rows to measure, separated by ';' (default: all but llama.cpp f32): "
+                     + "; ".join([*bench_peers_cpu.OURS, *bench_peers_cpu.PEERS]))
+    cpu.add_argument("--minutes", type=float, default=11, help="no round begins that would not end in this time, "
+                     "after two")
+    cpu.add_argument("--buffer", type=int, default=512, help="MiB read to measure the bandwidth")
     args = p.parse_args()
-    if args.rounds < 10:
+    cuda = args.device == "cuda"
+    args.shape = args.shape or ("llama-3-8b" if cuda else "llama-3.2-1b")
+    args.batches = args.batches or ([1, 2, 4, 8, 16, 32] if cuda else [1, 8])
+    args.context = args.context or (512 if cuda else 128)
+    args.rounds = args.rounds or 10
+    args.files = None
+    if cuda and args.rounds < 10:
         fail("--rounds is 10 at least: a median of fewer says little")
+    if min(args.context, args.rounds, args.decode, args.layers or 1) < 1:
+        fail("--context, --rounds, --decode and --layers start at 1")
+    if args.threads is not None and args.threads < 1:
+        fail("--threads starts at 1")
+    for name in peers_of(args):
+        if name not in NEEDS:
+            fail(f"--peers has no '{name}' (there are: {', '.join(NEEDS)})")
     return args
+
+
+def peers_of(args):
+    return [name for name in args.peers.split(",") if name]
 
 
 # ---- qlua ----
@@ -101,18 +126,10 @@ class Qlua:
         if a.layers:
             command += ["--layers", str(a.layers)]
         results = {}
-        if a.device == "cpu":  # one length of prompt a run; decode follows the context
-            for length in sorted({*a.prefill, a.context}):
-                for row in self.run(command + ["--prefill", str(length)], notes):
-                    if row["test"] == "prefill" and length in a.prefill:
-                        results[(row["batch"], "prefill", length)] = row["seconds"]
-                    elif row["test"] == "decode" and length == a.context:
-                        results[(row["batch"], "decode", length)] = row["seconds"]
-        else:
-            lengths = ",".join(map(str, a.prefill))
-            for row in self.run(command + ["--prefills", lengths, "--context", str(a.context)], notes):
-                key = ("prefill", row["tokens"]) if row["test"] == "prefill" else ("decode", a.context)
-                results[(row["batch"], *key)] = row["seconds"]
+        lengths = ",".join(map(str, a.prefill))
+        for row in self.run(command + ["--prefills", lengths, "--context", str(a.context)], notes):
+            key = ("prefill", row["tokens"]) if row["test"] == "prefill" else ("decode", a.context)
+            results[(row["batch"], *key)] = row["seconds"]
         return results
 
     def run(self, command, notes):
@@ -126,244 +143,11 @@ class Qlua:
         return result["rows"]
 
 
-class Peer:
-    """A model in this process: batch by batch, and one that does not fit leaves the others."""
-
-    def turn(self, batches, notes):
-        results = {}
-        for batch in batches:
-            if batch in self.broken:
-                continue
-            try:
-                for (test, length), seconds in self.batch_turn(batch).items():
-                    results[(batch, test, length)] = seconds
-            except Exception as error:
-                self.broken.add(batch)
-                notes.append(f"{self.name} batch {batch}: {type(error).__name__}: {first_line(error)}")
-        return results
-
-
-# ---- transformers and bitsandbytes ----
-
-
-class Transformers(Peer):
-    """LlamaForCausalLM with random weights; eager steps with its own cache, greedy."""
-
-    def __init__(self, args, kind):
-        import torch
-        import transformers
-
-        self.args, self.torch, self.broken = args, torch, set()
-        self.name = f"transformers {kind}" if kind != "nf4" else "bitsandbytes nf4"
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("torch sees no CUDA device")
-        s = SHAPES[args.shape]
-        config = transformers.LlamaConfig(
-            hidden_size=s["hidden"], intermediate_size=s["intermediate"],
-            num_hidden_layers=args.layers or s["layers"], num_attention_heads=s["heads"],
-            num_key_value_heads=s["kv_heads"], vocab_size=s["vocab"],
-            max_position_embeddings=s.get("context", 8192), rope_theta=500000.0,
-            tie_word_embeddings=s.get("tied", False), bos_token_id=1, eos_token_id=2)
-        dtype = torch.float32 if kind == "f32" else torch.bfloat16
-        torch.manual_seed(1)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(args.device):
-                model = transformers.LlamaForCausalLM(config)
-        finally:
-            torch.set_default_dtype(before)
-        if kind == "nf4":
-            self.quantize(model)
-        self.model = model.eval().to(args.device)
-        self.version = f"torch {torch.__version__}, transformers {transformers.__version__}"
-
-    def quantize(self, model):
-        import bitsandbytes as bnb
-
-        torch = self.torch
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if not isinstance(child, torch.nn.Linear) or name == "lm_head":
-                    continue
-                new = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False,
-                                        compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
-                new.weight = bnb.nn.Params4bit(child.weight.data.cpu(), requires_grad=False,
-                                               compress_statistics=True, quant_type="nf4")
-                setattr(parent, name, new.to(self.args.device))
-
-    def close(self):
-        self.model = None
-        gc.collect()
-        if self.args.device == "cuda":
-            self.torch.cuda.empty_cache()
-
-    def clock(self):
-        if self.args.device == "cuda":
-            self.torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def pass_(self, ids, cache=None):
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    def batch_turn(self, batch):
-        a, torch, results = self.args, self.torch, {}
-        with torch.inference_mode():
-            for length in sorted({*a.prefill, a.context}):
-                ids = torch.randint(0, SHAPES[a.shape]["vocab"], (batch, length), device=a.device)
-                self.pass_(ids)
-                started = self.clock()
-                out = self.pass_(ids)
-                seconds = self.clock() - started
-                if length in a.prefill:
-                    results[("prefill", length)] = [seconds]
-                if length == a.context:
-                    results[("decode", length)] = self.decode(out)
-        return results
-
-    def decode(self, out):
-        samples = []
-        for step in range(self.args.decode + 2):  # two to warm up
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            started = self.clock()
-            out = self.pass_(token, out.past_key_values)
-            out.logits[:, -1].argmax(-1).tolist()  # the id reaches the host, as it does in qlua
-            if step >= 2:
-                samples.append(self.clock() - started)
-        return samples
-
-
-# ---- llama.cpp ----
-
-
-class LlamaCpp(Peer):
-    """llama-cpp-python, a GGUF file of random bfloat16 weights: batches as sequences of one call."""
-
-    def __init__(self, args, kind):
-        import llama_cpp
-
-        self.args, self.lib, self.name, self.broken = args, llama_cpp, f"llama.cpp {kind}", set()
-        self.file = tempfile.NamedTemporaryFile(suffix=".gguf", delete=False)
-        self.write(kind)
-        layers = -1 if args.device == "cuda" else 0
-        rows = max(args.batches)
-        longest = max([args.context, *args.prefill]) + args.decode + 4
-        self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # must outlive the model
-        llama_cpp.llama_log_set(self.quiet, None)
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = layers if layers >= 0 else 999
-        load = getattr(llama_cpp, "llama_model_load_from_file", None) or llama_cpp.llama_load_model_from_file
-        self.model = load(self.file.name.encode(), params)
-        if not self.model:
-            raise RuntimeError("llama.cpp does not load the GGUF file made here")
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = rows * longest, rows
-        params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
-        params.n_batch = params.n_ubatch = max(rows, rows * max([args.context, *args.prefill]))
-        make = getattr(llama_cpp, "llama_init_from_model", None) or llama_cpp.llama_new_context_with_model
-        self.context = make(self.model, params)
-        self.batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
-        self.version = f"llama-cpp-python {llama_cpp.__version__}"
-
-    def write(self, kind):
-        import gguf
-        import numpy as np
-
-        s = SHAPES[self.args.shape]
-        random = np.random.default_rng(1)
-        writer = gguf.GGUFWriter(self.file.name, "llama")
-        layers, head = self.args.layers or s["layers"], s["hidden"] // s["heads"]
-        writer.add_context_length(s.get("context", 8192))
-        writer.add_embedding_length(s["hidden"])
-        writer.add_block_count(layers)
-        writer.add_feed_forward_length(s["intermediate"])
-        writer.add_head_count(s["heads"])
-        writer.add_head_count_kv(s["kv_heads"])
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_rope_freq_base(500000.0)
-        writer.add_rope_dimension_count(head)
-        writer.add_vocab_size(s["vocab"])
-        writer.add_tokenizer_model("no_vocab")
-        kinds = {"f32": gguf.GGMLQuantizationType.F32, "bf16": gguf.GGMLQuantizationType.BF16}
-
-        def matrix(name, rows, columns):
-            values = random.standard_normal((rows, columns), dtype=np.float32) * np.float32(0.02)
-            data = gguf.quants.quantize(values, kinds[kind])
-            writer.add_tensor(name, data, raw_dtype=kinds[kind])
-
-        def norm(name):
-            writer.add_tensor(name, np.ones(s["hidden"], dtype=np.float32))
-
-        matrix("token_embd.weight", s["vocab"], s["hidden"])
-        if not s.get("tied"):
-            matrix("output.weight", s["vocab"], s["hidden"])
-        norm("output_norm.weight")
-        for i in range(layers):
-            norm(f"blk.{i}.attn_norm.weight")
-            norm(f"blk.{i}.ffn_norm.weight")
-            matrix(f"blk.{i}.attn_q.weight", s["hidden"], s["hidden"])
-            matrix(f"blk.{i}.attn_k.weight", s["kv_heads"] * head, s["hidden"])
-            matrix(f"blk.{i}.attn_v.weight", s["kv_heads"] * head, s["hidden"])
-            matrix(f"blk.{i}.attn_output.weight", s["hidden"], s["hidden"])
-            matrix(f"blk.{i}.ffn_gate.weight", s["intermediate"], s["hidden"])
-            matrix(f"blk.{i}.ffn_up.weight", s["intermediate"], s["hidden"])
-            matrix(f"blk.{i}.ffn_down.weight", s["hidden"], s["intermediate"])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    def close(self):
-        self.lib.llama_batch_free(self.batch)
-        self.lib.llama_free(self.context)
-        free = getattr(self.lib, "llama_model_free", None) or self.lib.llama_free_model
-        free(self.model)
-        os.unlink(self.file.name)
-
-    def clear(self):
-        if hasattr(self.lib, "llama_memory_clear"):
-            self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
-        else:
-            self.lib.llama_kv_self_clear(self.context)
-
-    def decode_tokens(self, rows, first, count):
-        """`count` tokens in each of `rows` sequences from position `first`; logits of the last ones."""
-        b, n = self.batch, 0
-        vocab = SHAPES[self.args.shape]["vocab"]
-        for row in range(rows):
-            for i in range(count):
-                b.token[n] = (row * 7919 + (first + i) * 104729) % vocab
-                b.pos[n], b.n_seq_id[n] = first + i, 1
-                b.seq_id[n][0] = row
-                b.logits[n] = 1 if i == count - 1 else 0
-                n += 1
-        b.n_tokens = n
-        started = time.perf_counter()
-        if self.lib.llama_decode(self.context, b) != 0:
-            raise RuntimeError("llama_decode failed")
-        self.lib.llama_synchronize(self.context)
-        return time.perf_counter() - started
-
-    def batch_turn(self, batch):
-        a, results = self.args, {}
-        for length in sorted({*a.prefill, a.context}):
-            self.clear()
-            self.decode_tokens(batch, 0, length)
-            self.clear()
-            seconds = self.decode_tokens(batch, 0, length)
-            if length in a.prefill:
-                results[("prefill", length)] = [seconds]
-            if length == a.context:
-                steps = [self.decode_tokens(batch, length + i, 1) for i in range(a.decode + 2)]
-                results[("decode", length)] = steps[2:]
-        return results
-
-
 # ---- the run ----
 
 NEEDS = {"transformers": ["torch", "transformers"], "bitsandbytes": ["torch", "transformers", "bitsandbytes"],
          "llama.cpp": ["llama_cpp", "gguf", "numpy"]}
+PACKAGES = {**NEEDS, "llama.cpp": ["llama-cpp-python", "gguf", "numpy"]}
 
 
 def missing(peer):
@@ -378,22 +162,17 @@ def missing(peer):
 
 
 def open_peers(args, notes):
-    kinds = {"transformers": ["bf16"] + (["f32"] if args.device == "cpu" else []), "bitsandbytes": ["nf4"],
-             "llama.cpp": ["bf16"] + (["f32"] if args.device == "cpu" else [])}
-    opened = []
-    for peer in args.peers.split(","):
-        if peer not in NEEDS:
-            fail(f"--peers has no '{peer}' (there are: {', '.join(NEEDS)})")
+    kinds, opened = {"transformers": "bf16", "bitsandbytes": "nf4", "llama.cpp": "bf16"}, []
+    for peer in peers_of(args):
         why = missing(peer)
         if why:
             notes.append(f"{peer} left out: {why}")
             continue
-        for kind in kinds[peer]:
-            try:
-                make = LlamaCpp if peer == "llama.cpp" else Transformers
-                opened.append((kind, make(args, kind)))
-            except Exception as error:
-                notes.append(f"{peer} {kind} left out: {type(error).__name__}: {error}")
+        kind = kinds[peer]
+        try:
+            opened.append((kind, (LlamaCpp if peer == "llama.cpp" else Transformers)(args, kind)))
+        except Exception as error:
+            notes.append(f"{peer} {kind} left out: {type(error).__name__}: {error}")
     return opened
 
 
@@ -421,9 +200,10 @@ def rate(batch, test, length, seconds):
     return batch * (length if test == "prefill" else 1) / statistics.median(seconds)
 
 
-def main():
-    args, notes = parse(), []
-    peers = open_peers(args, notes)
+def run_cuda(args):
+    notes = []
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as args.files:
+        peers = open_peers(args, notes)
     formats = sorted({kind for kind, _ in peers} | {"bf16", "nf4"})
     ours = {fmt: Qlua(args, fmt) for fmt in formats}
     models = list(ours.values()) + [peer for _, peer in peers]
@@ -455,6 +235,33 @@ def main():
             json.dump(dict(arguments=vars(args), versions=sorted(versions), notes=notes, rows=rows), file, indent=2)
     for model in models:
         model.close()
+
+
+def run_cpu(args):
+    """The models whose packages are there; one line says what is not."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes and files go
+    args.threads = args.threads or len(os.sched_getaffinity(0))
+    names = bench_peers_cpu.default_models()
+    if args.models:
+        names = [name.strip() for name in args.models.split(";")]
+        for name in names:
+            if name not in bench_peers_cpu.OURS and name not in bench_peers_cpu.PEERS:
+                fail(f"--models has no '{name}' (see --help)")
+    notes = []
+    for peer, modules in NEEDS.items():
+        wanted, lacking = peer in peers_of(args), [m for m in modules if not importlib.util.find_spec(m)]
+        if wanted and lacking and any(name.startswith(peer) for name in names):
+            install = " ".join(PACKAGES[peer])
+            notes.append(f"{peer} left out: no {' and no '.join(lacking)} (pip install {install})")
+        if lacking or not wanted:
+            names = [name for name in names if not name.startswith(peer)]
+    if not bench_peers_cpu.main(args, find_qlua(args), names, notes):
+        fail("no model of qlua ran")
+
+
+def main():
+    args = parse()
+    (run_cuda if args.device == "cuda" else run_cpu)(args)
 
 
 if __name__ == "__main__":
