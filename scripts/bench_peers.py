@@ -62,7 +62,7 @@ def parse():
     p.add_argument("--prefill", type=integers, default=[128, 512], help="lengths of prompts")
     p.add_argument("--rounds", type=int, help="turns of each; default: 10, on the CPU as many as --minutes allow, "
                    "10 at most")
-    p.add_argument("--decode", type=int, default=16, help="steps of decode a round")
+    p.add_argument("--decode", type=int, help="steps of decode a round; default: 16, on the CPU 8")
     p.add_argument("--peers", default="transformers,bitsandbytes,llama.cpp")
     p.add_argument("--layers", type=int, help="keep so many layers of the shape")
     p.add_argument("--qlua", help="the binary; default: ./qlua of a portable tree, else build/qlua")
@@ -79,6 +79,7 @@ def parse():
     args.shape = args.shape or ("llama-3-8b" if cuda else "llama-3.2-1b")
     args.batches = args.batches or ([1, 2, 4, 8, 16, 32] if cuda else [1, 8])
     args.context = args.context or (512 if cuda else 128)
+    args.decode = args.decode or (16 if cuda else 8)
     args.rounds = args.rounds or 10
     args.files = None
     if cuda and args.rounds < 10:
