@@ -14,7 +14,12 @@
 enum {
     KEYS = 64,    /* keys a block */
     QUERIES = 64, /* most queries, (token, head) pairs, taken through the blocks together */
-    WIDE = 8,     /* vectors of an output row kept in registers at a time */
+    SIDE = 4,     /* of them that go through a block side by side: 8 accumulators of AVX2 */
+#ifdef QK_ISA_avx512
+    WIDE = 8, /* vectors of an output row kept in registers at a time */
+#else
+    WIDE = 4,
+#endif
 };
 
 /* Attention of one query to some of its keys, with weights exp(score - max): `out` is not divided yet. */
@@ -29,29 +34,53 @@ typedef struct {
     state all, run;
 } query;
 
-/* s[j] = q . key[j] * scale for j < count, minus infinity up to KEYS. */
-static void score_block(const float *q, const float *keys, int d, int count, float scale, float *s)
+/* s[x][j] = q[x] . key[j] * scale for j < count, minus infinity up to KEYS; a key is loaded once for n
+ * queries.
+ */
+QK_INLINE void score_block(const float *const *q, int n, const float *keys, int d, int count, float scale,
+                           float (*s)[KEYS])
 {
-    float acc[256] __attribute__((aligned(64)));
+    float acc[SIDE][256] __attribute__((aligned(64)));
     const v16 vscale = v16_set1(scale);
     for (int j = 0; j < KEYS; j += 16) {
         if (j >= count) {
-            v16_store(s + j, v16_set1(-INFINITY));
+            for (int x = 0; x < n; x++) v16_store(s[x] + j, v16_set1(-INFINITY));
             continue;
         }
-        int n = count - j < 16 ? count - j : 16;
-        for (int r = 0; r < n; r++) {
+        int m = count - j < 16 ? count - j : 16;
+        for (int r = 0; r < m; r++) {
             const float *key = keys + (int64_t)(j + r) * d;
-            v16 a = v16_zero();
+            v16 a[SIDE];
             int i = 0;
-            for (; i + 16 <= d; i += 16) a = v16_fma(v16_load(key + i), v16_load(q + i), a);
-            if (i < d) a = v16_fma(v16_load_n(key + i, d - i), v16_load_n(q + i, d - i), a);
-            v16_store(acc + 16 * r, a);
+            QK_UNROLL for (int x = 0; x < n; x++) a[x] = v16_zero();
+            for (; i + 16 <= d; i += 16) {
+                v16 k = v16_load(key + i);
+                QK_UNROLL for (int x = 0; x < n; x++) a[x] = v16_fma(k, v16_load(q[x] + i), a[x]);
+            }
+            if (i < d) {
+                v16 k = v16_load_n(key + i, d - i);
+                QK_UNROLL for (int x = 0; x < n; x++) a[x] = v16_fma(k, v16_load_n(q[x] + i, d - i), a[x]);
+            }
+            QK_UNROLL for (int x = 0; x < n; x++) v16_store(acc[x] + 16 * r, a[x]);
         }
-        for (int r = n; r < 16; r++) v16_store(acc + 16 * r, v16_zero());
-        v16_store(s + j, v16_mul(v16_hsum16(acc), vscale));
-        for (int r = n; r < 16; r++) s[j + r] = -INFINITY;
+        for (int x = 0; x < n; x++) {
+            for (int r = m; r < 16; r++) v16_store(acc[x] + 16 * r, v16_zero());
+            v16_store(s[x] + j, v16_mul(v16_hsum16(acc[x]), vscale));
+            for (int r = m; r < 16; r++) s[x][j + r] = -INFINITY;
+        }
     }
+}
+
+static void score_one(const float *const *q, const float *keys, int d, int count, float scale,
+                      float (*s)[KEYS])
+{
+    score_block(q, 1, keys, d, count, scale, s);
+}
+
+static void score_side(const float *const *q, const float *keys, int d, int count, float scale,
+                       float (*s)[KEYS])
+{
+    score_block(q, SIDE, keys, d, count, scale, s);
 }
 
 /* out[0 .. 16 * vectors) = out * factor + sum_j p[j] value[j], j ascending. */
@@ -74,7 +103,8 @@ static void add_values_all(float *out, const float *values, int d, const float *
 {
     int i = 0;
     for (; i + 16 * WIDE <= d; i += 16 * WIDE) add_values(out + i, values + i, d, WIDE, p, count, factor);
-    for (; i + 64 <= d; i += 64) add_values(out + i, values + i, d, 4, p, count, factor);
+    if (WIDE > 4)
+        for (; i + 64 <= d; i += 64) add_values(out + i, values + i, d, 4, p, count, factor);
     for (; i + 16 <= d; i += 16) add_values(out + i, values + i, d, 1, p, count, factor);
     if (i == d) return;
     v16 o = v16_mul(v16_load_n(out + i, d - i), v16_set1(factor));
@@ -84,11 +114,9 @@ static void add_values_all(float *out, const float *values, int d, const float *
     v16_store_n(out + i, o, d - i);
 }
 
-static void through_block(const float *q, state *it, const float *keys, const float *values, int d, int count,
-                          float scale)
+/* The scores s of a block's keys, and its values, into a query's state. */
+static void through_block(state *it, float *s, const float *values, int d, int count)
 {
-    float s[KEYS] __attribute__((aligned(64)));
-    score_block(q, keys, d, count, scale, s);
     v16 v[KEYS / 16];
     QK_UNROLL for (int j = 0; j < KEYS / 16; j++) v[j] = v16_load(s + 16 * j);
     float top = v16_hmax(v16_max(v16_max(v[0], v[1]), v16_max(v[2], v[3])));
@@ -173,6 +201,32 @@ static void gather(const qk_attention *a, int64_t first_token, int64_t i0, int64
     }
 }
 
+/* Keys of the block from `j` that a query sees. */
+static int seen(const query *it, int64_t j)
+{
+    return it->len - j <= 0 ? 0 : it->len - j < KEYS ? (int)(it->len - j) : KEYS;
+}
+
+/* Queries from i on through the block from position `j`: SIDE of them side by side where they see as many of
+ * its keys, as the heads of a token do, else one. Returns how many. */
+static int through_side(party *p, int i, int64_t run, int64_t j)
+{
+    float s[SIDE][KEYS] __attribute__((aligned(64)));
+    const float *q[SIDE], *keys = p->keys + j * p->d;
+    const int count = seen(&p->list[i], j);
+    int n = 1;
+    while (n < SIDE && i + n < p->count && seen(&p->list[i + n], j) == count) n++;
+    if (n < SIDE) n = 1;
+    if (count == 0) return n;
+    for (int x = 0; x < n; x++) q[x] = p->list[i + x].q;
+    (n == 1 ? score_one : score_side)(q, keys, p->d, count, p->scale, s);
+    for (int x = 0; x < n; x++) {
+        query *it = &p->list[i + x];
+        through_block(run ? &it->run : &it->all, s[x], p->values + j * p->d, p->d, count);
+    }
+    return n;
+}
+
 /* All queries through run `run`, into their `run` states, or their `all` states when it is the first. */
 static void through_run(party *p, int64_t run)
 {
@@ -183,13 +237,7 @@ static void through_run(party *p, int64_t run)
         start(it, it->out, p->stride);
     }
     for (int64_t j = first; j < last; j += KEYS) {
-        for (int i = 0; i < p->count; i++) {
-            query *it = &p->list[i];
-            int64_t count = it->len - j;
-            if (count <= 0) continue;
-            through_block(it->q, run ? &it->run : &it->all, p->keys + j * p->d, p->values + j * p->d, p->d,
-                          count < KEYS ? (int)count : KEYS, p->scale);
-        }
+        for (int i = 0, n; i < p->count; i += n) n = through_side(p, i, run, j);
     }
 }
 
