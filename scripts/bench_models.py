@@ -65,14 +65,15 @@ class Model:
 
 
 class Transformers(Model):
-    """LlamaForCausalLM; eager steps with its own cache. kind: f32, bf16, nf4 (double quantization, bf16 head)."""
+    """LlamaForCausalLM; eager steps with its own cache. kind: f32, bf16, or nf4 (bitsandbytes, double
+    quantization, bf16 head; products in bf16, in "nf4, f32" in float32, faster where no bf16 instructions are)."""
 
     def __init__(self, args, kind):
         import torch
         import transformers
 
         self.args, self.torch, self.broken = args, torch, set()
-        self.name = f"transformers {kind}" if kind != "nf4" else "bitsandbytes nf4"
+        self.name = f"{'bitsandbytes' if kind.startswith('nf4') else 'transformers'} {kind}"
         if args.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("torch sees no CUDA device")
         if args.threads:
@@ -88,8 +89,8 @@ class Transformers(Model):
         model.tie_weights()
         self.fill(model)
         self.version = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        if kind == "nf4":
-            self.quantize(model)
+        if kind.startswith("nf4"):
+            self.quantize(model, torch.float32 if kind == "nf4, f32" else torch.bfloat16)
         self.model = model.eval().to(args.device)
 
     def configuration(self, transformers):
@@ -114,7 +115,7 @@ class Transformers(Model):
                 weight.copy_(first[key]) if key in first else weight.normal_(0, 0.02)
                 first.setdefault(key, weight)
 
-    def quantize(self, model):
+    def quantize(self, model, compute_dtype):
         import bitsandbytes as bnb
 
         torch = self.torch
@@ -123,7 +124,8 @@ class Transformers(Model):
                 if not isinstance(child, torch.nn.Linear) or name == "lm_head":
                     continue
                 new = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False, device="meta",
-                                        compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
+                                        compute_dtype=compute_dtype, compress_statistics=True,
+                                        quant_type="nf4")
                 new.weight = bnb.nn.Params4bit(child.weight.data.cpu(), requires_grad=False,
                                                compress_statistics=True, quant_type="nf4")
                 new = new.to(self.args.device)

@@ -41,12 +41,13 @@ PEERS = {
     "transformers bf16": (2, 2),
     "transformers f32": (4, 4),
     "bitsandbytes nf4": (NF4_BYTES, 2),
+    "bitsandbytes nf4, f32": (NF4_BYTES, 2),
 }
 # what is compared within: merged while they fit into the memory together
 FAMILIES = [
     ["qlua bf16", "qlua nf4", "llama.cpp bf16", "transformers bf16"],
     ["qlua nf4", "qlua nf4 exact, nf4 head", "llama.cpp iq4_nl", "llama.cpp iq4_nl, bf16 head",
-     "llama.cpp q4_0", "bitsandbytes nf4"],
+     "llama.cpp q4_0", "bitsandbytes nf4", "bitsandbytes nf4, f32"],
     ["qlua f32", "llama.cpp f32", "transformers f32"],
 ]
 
@@ -332,7 +333,7 @@ def gates_of(args):
     if {1, 8} <= set(args.batches):
         rows += [((name, "decode", 8), (name, "decode", 1), 4, 6) for name in [bf16, nf4]]
     for mine, theirs in [("qlua f32", "transformers f32"), (bf16, "transformers bf16"),
-                         (nf4, "bitsandbytes nf4")]:
+                         (nf4, "bitsandbytes nf4"), (nf4, "bitsandbytes nf4, f32")]:
         rows += [((mine, *test), (theirs, *test), 2, 10 if mine == nf4 and test == decode else 5)
                  for test in tests_of(args)]
     return rows
