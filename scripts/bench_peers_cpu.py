@@ -158,7 +158,7 @@ def available_bytes():
 
 def plan(args, names, notes):
     """Families of the wanted models, merged while they fit; what does not fit alone is left out."""
-    linear, head = weights_of(args)
+    linear, _ = weights_of(args)
     room = 0.92 * available_bytes() - 0.6e9  # the buffer that is read to measure the bandwidth
     groups = []
     for family in FAMILIES:
@@ -169,8 +169,8 @@ def plan(args, names, notes):
                          f"{room / 2**30:.1f} GiB")
             family.remove(gone)
         union = [*groups[-1], *[name for name in family if name not in groups[-1]]] if groups else family
-        # one peer of torch is in 16 bits before it is quantized
-        if groups and sum(bytes_of(args, name) for name in union) + linear * 0.5 <= room:
+        # bitsandbytes' model is there in 16 bits too while it is quantized
+        if groups and sum(bytes_of(args, name) for name in union) + linear * 2 <= room:
             groups[-1] = union
         elif family:
             groups.append(family)
