@@ -164,7 +164,16 @@ static inline float *cpu_attention(const attention_case *c)
 {
     float *y = new_floats(case_size(c));
     void *scratch = new_bytes(QK_ATTENTION_SCRATCH);
-    qk_attention a = {c->q, c->k, c->v, c->start, c->pos, y, c->heads, c->kv_heads, c->d, c->slots};
+    qk_attention a = {.q = c->q,
+                      .k = c->k,
+                      .v = c->v,
+                      .start = c->start,
+                      .pos = c->pos,
+                      .y = y,
+                      .heads = c->heads,
+                      .kv_heads = c->kv_heads,
+                      .d = c->d,
+                      .slots = c->slots};
     for (int h = 0; h < c->kv_heads; h++) {
         qk_cpu_select(NULL, NULL)->attention(&a, 0, c->tokens, h, scratch);
     }
