@@ -425,7 +425,8 @@ static ql_status run_attention(cpu_context *c, attention_args *args, int64_t tok
         for (int64_t i = 0; i < pieces; i++) attention_piece(args, i, 0);
     else
         ql_pool_run(c->pool, attention_piece, args, pieces);
-    double each = (double)(a->heads / a->kv_heads * runs * a->d); /* multiply-adds of one join */
+    const int64_t group = a->heads / a->kv_heads;
+    double each = (double)(group * runs * a->d); /* multiply-adds of one join */
     if (runs > 1) ql_cpu_for_range(c, tokens * a->kv_heads, 1, each, join_range, args);
     return QL_OK;
 }
