@@ -33,7 +33,8 @@ for _, format in ipairs(FORMATS) do
   describe(format.name .. " rows after kept rows", function()
     it("are the rows as a whole", function()
       local model <close> = tiny(format)
-      for _, lengths in ipairs { { 1, 1 }, { 1, 30 }, { 17, 1 }, { 16, 16 }, { 40, 5 }, { 300, 90 }, { 500, 12 } } do
+      for _, lengths in ipairs { { 1, 1 }, { 1, 30 }, { 17, 1 }, { 16, 16 }, { 40, 5 }, { 300, 90 },
+        { 500, 12 } } do
         local head, tail = support.ids(lengths[1], VOCAB, 3), support.ids(lengths[2], VOCAB, 4)
         local seen <close>, kept = assert(model:forward({ head }, { keep = true }))
         local _ <close> = kept
@@ -62,7 +63,8 @@ for _, format in ipairs(FORMATS) do
         rows[i] = joined(heads[parent], tails[i])
       end
       local whole <close> = assert(model:forward(rows, { rows = "last" }))
-      local rest <close>, deeper = assert(model:forward(tails, { after = kept, parents = parents, rows = "last",
+      local rest <close>, deeper = assert(model:forward(tails, { after = kept, parents = parents,
+        rows = "last",
         keep = true }))
       local _ <close> = deeper
       expect_same(whole, rest)
@@ -84,7 +86,8 @@ end
 describe("kept rows", function()
   it("are counted, and go when they are closed", function()
     local model <close> = tiny(FORMATS[1])
-    local none <close>, kept = assert(model:forward({ support.ids(40, VOCAB, 1) }, { rows = { 0 }, keep = true }))
+    local none <close>, kept = assert(model:forward({ support.ids(40, VOCAB, 1) },
+      { rows = { 0 }, keep = true }))
     assert.equal(0, none:size(1))
     local held = model:memory().kv
     assert.equal(40 * model:expected_memory(1, 1, 1).kv, held)
@@ -116,7 +119,8 @@ describe("kept rows", function()
     refused("entry 1 of option 'parents' is 0", { { 1 } }, { after = kept, parents = { 0 } })
     refused("goes with option 'after'", { { 1 } }, { parents = { 1 } })
     refused("the model's context is", { support.ids(511, VOCAB, 1) }, { after = kept, parents = { 1 } })
-    refused("cannot be closed", { { 1 } }, { after = kept, parents = { 1 }, trace = function() kept:close() end })
+    refused("cannot be closed", { { 1 } },
+      { after = kept, parents = { 1 }, trace = function() kept:close() end })
     assert.same({ 2, 1 }, kept:tokens())
     local ok, why = pcall(other.forward, other, { { 1 }, { 2 } }, { after = kept })
     assert.is_false(ok)
