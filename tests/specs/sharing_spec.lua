@@ -64,8 +64,7 @@ for _, format in ipairs(FORMATS) do
       end
       local whole <close> = assert(model:forward(rows, { rows = "last" }))
       local rest <close>, deeper = assert(model:forward(tails, { after = kept, parents = parents,
-        rows = "last",
-        keep = true }))
+        rows = "last", keep = true }))
       local _ <close> = deeper
       expect_same(whole, rest)
       -- and those that follow the followers
