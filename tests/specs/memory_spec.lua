@@ -218,14 +218,20 @@ describe("hundreds of models loaded and closed", function()
         for _ = 1, 3 do collectgarbage() end
         return (sys.memory())
       end
-      for _ = 1, 200 do cycle() end -- the heap stops spreading after one or two hundred
-      local before = resident()
-      for _ = 1, 200 do cycle() end
-      print(resident() - before)
+      for _ = 1, 100 do cycle() end
+      local before, grown = resident(), {}
+      for i = 1, 5 do
+        for _ = 1, 100 do cycle() end
+        local now = resident()
+        grown[i], before = now - before, now
+      end
+      -- the heap spreads and shrinks at times; a leak grows every time
+      table.sort(grown)
+      print(grown[3])
     ]]):format(folder))
     assert.is_true(ok, output)
     local grown = math.tointeger(output:match "%S+")
     assert(grown, output)
-    if not SANITIZED then assert.is_true(grown < 4 * MIB, ("%d KiB more"):format(grown // 1024)) end
+    if not SANITIZED then assert.is_true(grown < MIB, ("%d KiB more"):format(grown // 1024)) end
   end)
 end)
