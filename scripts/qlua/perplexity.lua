@@ -9,8 +9,8 @@
 local _ENV <const> = require "qlua.strict"
 
 local core = require "qlua.core"
-local export = require "qlua.export"
 local failure = require "qlua.failure"
+local files = require "qlua.files"
 local json = require "qlua.json"
 local stats = require "qlua.stats"
 local tables = require "qlua.table"
@@ -219,7 +219,7 @@ function perplexity.write(run, windows, s)
     scored_per_window = windows.context - 1 - windows.context // 2, windows = #windows,
     windows_in_text = windows.all, tokens_in_text = windows.tokens,
     description = perplexity.protocol(windows) }
-  local ok, err = export.write(path, json.encode({ task = "perplexity", text = run.opts.text,
+  local ok, err = files.write(path, json.encode({ task = "perplexity", text = run.opts.text,
     results = results, protocol = protocol, reference = run.labels[1], test = run.labels[2],
     run = run:facts() }, { indent = 2 }) .. "\n")
   if not ok then return nil, err end
