@@ -102,6 +102,32 @@ size_t ql_process_memory_available(void)
     return address < machine ? address : machine;
 }
 
+bool ql_process_identity(long pid, char out[QL_PROCESS_IDENTITY])
+{
+    char path[64], line[1024], boot[40] = "";
+    unsigned long long started = 0;
+    char state = 'X';
+    out[0] = '\0';
+    FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re");
+    if (f) {
+        if (fscanf(f, "%39s", boot) != 1) boot[0] = '\0';
+        fclose(f);
+    }
+    snprintf(path, sizeof path, "/proc/%ld/stat", pid);
+    f = fopen(path, "re");
+    if (!f) return false;
+    size_t n = fread(line, 1, sizeof line - 1, f);
+    fclose(f);
+    line[n] = '\0';
+    /* pid (name) state, 18 numbers, start; the name may itself hold spaces and brackets */
+    const char *end = strrchr(line, ')');
+    static const char fields[] =
+        ") %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu";
+    if (!end || sscanf(end, fields, &state, &started) != 2 || state == 'Z' || state == 'X') return false;
+    snprintf(out, QL_PROCESS_IDENTITY, "%s %llu", boot, started);
+    return true;
+}
+
 void ql_process_cpu_name(char *out, size_t size)
 {
     char line[256];

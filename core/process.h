@@ -22,6 +22,10 @@ size_t ql_process_memory_available(void);
 /* Bytes that the control group (version 2) in `folder` still grants, SIZE_MAX where it sets no limit. Pages
  * of files count as free: the kernel takes them back before it refuses memory. */
 size_t ql_process_group_room(const char *folder);
+/* What tells a process from every other that has had its number: the boot it runs in and when it was started.
+ * False, and "", when there is no live process `pid` that this one may see. */
+#define QL_PROCESS_IDENTITY 64
+bool ql_process_identity(long pid, char out[QL_PROCESS_IDENTITY] /* [OUT] */);
 /* The processor's name in out[size], "CPU" when unknown. */
 void ql_process_cpu_name(char *out /* [OUT] */, size_t size);
 

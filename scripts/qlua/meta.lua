@@ -331,6 +331,99 @@ function sys.memory() end
 ---@return string  64 hexadecimal digits
 function sys.sha256(text) end
 
+---@class qlua.store.module
+local store_module = {}
+
+--- Opens the results store `path`, made when it is not there: its folder must be. ":memory:" ends with the
+--- process. wait: seconds to wait for another process that is writing. Misuse of a store's functions raises.
+---@param path string
+---@param options? { readonly: boolean?, wait: number? }  false and 10
+---@return qlua.store?, qlua.failure?
+function store_module.open(path, options) end
+
+--- What runs have computed, in one SQLite file. What was written is there, whole, once the call has returned.
+---@class qlua.store
+local store = {}
+
+---@class qlua.store_run
+---@field id integer
+---@field name string
+---@field started number        Unix time, as finished
+---@field finished number?
+---@field status "running"|"finished"|"interrupted"|"failed"|"killed"  killed: its process is gone
+---@field pid integer
+---@field alive boolean         that process still runs
+---@field command string?       JSON; this and the two below only from store:run
+---@field script_sha256 string?
+---@field document string?      JSON
+
+--- Begins a run of this process.
+---@param run { name: string, started: number, command: string, script_sha256: string? }  command: JSON
+---@return integer? id, qlua.failure?
+function store:begin_run(run) end
+
+---@param run integer
+---@param result { finished: number, status: "finished"|"interrupted"|"failed", document: string? }
+---@return boolean?, qlua.failure?
+function store:end_run(run, result) end
+
+--- Newest first.
+---@return qlua.store_run[]?, qlua.failure?
+function store:runs() end
+
+---@param run integer
+---@return qlua.store_run?, qlua.failure?
+function store:run(run) end
+
+--- Names the set of rows that depend on `inputs`; nothing changes when it is there. key: 64 hex digits.
+---@param key string
+---@param name string
+---@param inputs string  JSON
+---@return boolean?, qlua.failure?
+function store:set(key, name, inputs) end
+
+--- Newest first.
+---@param name string
+---@return { key: string, inputs: string, created: number }[]?, qlua.failure?
+function store:sets(name) end
+
+--- The rows of a set by their ids, and how many there are.
+---@param key string
+---@return table<string, string>?, integer|qlua.failure|nil
+function store:rows(key) end
+
+--- Puts rows { id, value } that `run` has computed, all or none; one whose id is there is replaced.
+---@param run integer
+---@param key string
+---@param rows string[][]
+---@return boolean?, qlua.failure?
+function store:put(run, key, rows) end
+
+--- Records which rows of a set the result of a run consists of, in this order, in place of an earlier record.
+---@param run integer
+---@param key string
+---@param ids string[]
+---@return boolean?, qlua.failure?
+function store:use(run, key, ids) end
+
+--- Those rows { id, value }, in that order.
+---@param run integer
+---@param key string
+---@return string[][]?, qlua.failure?
+function store:run_rows(run, key) end
+
+--- Digest of a file's bytes: 64 hexadecimal digits. Remembered, so that only a file that may have changed is
+--- read again.
+---@param path string
+---@return string?, qlua.failure?
+function store:sha256(path) end
+
+---@return string
+function store:path() end
+
+--- Idempotent.
+function store:close() end
+
 ---@class qlua.probe
 local probe = {}
 

@@ -28,7 +28,7 @@ describe("annotations", function()
 
   local modules = { core = core, metrics = core.metrics, sys = require "qlua.sys", json = require "qlua.json",
     tokenizers = require "qlua.tokenizer", interrupt = require "qlua.interrupt",
-    probe = require "qlua.probe" }
+    probe = require "qlua.probe", store_module = require "qlua.store" }
   for owner, module in pairs(modules) do
     it("cover the module " .. owner, function()
       for name, value in pairs(module) do
@@ -38,6 +38,11 @@ describe("annotations", function()
       end
     end)
   end
+
+  it("cover the results store", function()
+    local store <close> = assert(require("qlua.store").open ":memory:")
+    for name in pairs(getmetatable(store).__index) do assert.truthy(annotated("store", ":", name), name) end
+  end)
 
   it("cover tokenizers and their streams", function()
     local tok <close> = assert(require("qlua.tokenizer").load "tests/golden/tokenizers/llama3_like")
