@@ -11,6 +11,7 @@ local cli = require "qlua.cli"
 local experiment = require "qlua.experiment"
 local failure = require "qlua.failure"
 local perplexity = require "qlua.perplexity"
+local results = require "qlua.results"
 
 local opts = cli.parse {
   name = "perplexity.lua",
@@ -70,10 +71,5 @@ if done * #windows[1].targets < 2 then run:finish() end
 perplexity.keep(windows, values, done)
 local summary = perplexity.summary(values)
 
-io.stdout:write(run:header(), ("text      %s: %d tokens, %d predictions\n"):format(opts.text, windows.tokens,
-  summary.n), ("protocol  %s\n\n"):format(perplexity.protocol(windows)),
-  perplexity.table(summary, run.labels):text())
-if opts.output_path then
-  io.stdout:write("\nwrote ", run:must(perplexity.write(run, windows, summary)), "\n")
-end
+results.perplexity(run, windows, summary)
 run:finish()

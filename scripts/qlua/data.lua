@@ -6,6 +6,7 @@
 local _ENV <const> = require "qlua.strict"
 
 local failure = require "qlua.failure"
+local sys = require "qlua.sys"
 
 local data = {}
 
@@ -23,6 +24,7 @@ local MAX_BYTES <const> = 256 * 1024 * 1024 -- all of MMLU is 15 MB; more than t
 ---@field [integer] qlua.item
 ---@field subject string    from the file's name
 ---@field path string
+---@field sha256 string?   of the file's bytes
 ---@field all integer?  questions of the file, where some were left out
 
 local function format_error(path, line, message, hint)
@@ -240,8 +242,11 @@ end
 function data.read(path)
   local text, err = read_all(path)
   if not text then return nil, err end
-  if path:lower():find("%.jsonl?$") then return data.parse_jsonl(text, path) end
-  return data.parse_csv(text, path)
+  local parse = path:lower():find("%.jsonl?$") and data.parse_jsonl or data.parse_csv
+  local items
+  items, err = parse(text, path)
+  if items then items.sha256 = sys.sha256(text) end
+  return items, err
 end
 
 --- The subject that a file's name states: "data/test/virology_test.csv" -> "virology".
@@ -283,7 +288,8 @@ function data.take(items, limit)
   if limit <= 0 then error("limit must be above 0", 2) end
   local n = limit < 1 and math.ceil(#items * limit) or math.floor(limit)
   local taken = table.move(items, 1, math.min(n, #items), 1, {})
-  taken.subject, taken.path, taken.all = items.subject, items.path, items.all or #items
+  taken.subject, taken.path, taken.sha256 = items.subject, items.path, items.sha256
+  taken.all = items.all or #items
   return taken
 end
 
@@ -292,7 +298,8 @@ end
 ---@param keep fun(item: qlua.item): boolean
 ---@return qlua.items
 function data.filter(items, keep)
-  local kept = { subject = items.subject, path = items.path, all = items.all or #items }
+  local kept = { subject = items.subject, path = items.path, sha256 = items.sha256,
+    all = items.all or #items }
   for _, item in ipairs(items) do
     if keep(item) then kept[#kept + 1] = item end
   end

@@ -10,8 +10,6 @@ local _ENV <const> = require "qlua.strict"
 
 local core = require "qlua.core"
 local failure = require "qlua.failure"
-local files = require "qlua.files"
-local json = require "qlua.json"
 local stats = require "qlua.stats"
 local tables = require "qlua.table"
 
@@ -196,34 +194,6 @@ function perplexity.table(s, labels)
   t:rule()
   row("same most likely token, %", s.same_top, "%.3f", 100)
   return t
-end
-
---- Writes <output_path>/perplexity_results_<time>.json. Returns its name.
----@param run qlua.experiment
----@param windows qlua.perplexity_windows
----@param s qlua.perplexity_summary
----@return string?, qlua.failure?
-function perplexity.write(run, windows, s)
-  local path = ("%s/perplexity_results_%s.json"):format(run.opts.output_path,
-    os.date("!%Y-%m-%dT%H-%M-%S", run.date))
-  local function listed(list)
-    local result = json.array()
-    for i, p in ipairs(list) do result[i] = p end
-    return result
-  end
-  local results = {}
-  for key, value in pairs(s) do results[key] = value end
-  results.kl_percentiles = listed(s.kl_percentiles)
-  results.delta_p_percentiles = listed(s.delta_p_percentiles)
-  local protocol = { context = windows.context, stride = windows.context, bos = windows.bos,
-    scored_per_window = windows.context - 1 - windows.context // 2, windows = #windows,
-    windows_in_text = windows.all, tokens_in_text = windows.tokens,
-    description = perplexity.protocol(windows) }
-  local ok, err = files.write(path, json.encode({ task = "perplexity", text = run.opts.text,
-    results = results, protocol = protocol, reference = run.labels[1], test = run.labels[2],
-    run = run:facts() }, { indent = 2 }) .. "\n")
-  if not ok then return nil, err end
-  return path
 end
 
 return perplexity

@@ -91,7 +91,7 @@ describe("every example", function()
       assert.is_true(#found > 0)
       for _, path in ipairs(found) do
         local file <close> = assert(io.open(path))
-        assert.truthy(assert(json.decode(file:read "a")).run or path:find "__")
+        assert.truthy(assert(json.decode(file:read "a")).sections or path:find "__")
       end
     end)
   end
@@ -235,7 +235,7 @@ describe("out of memory", function()
       "--output_path", folder .. "/results")
     assert.truthy(out:find("OOM at batch 4096, full: out of memory: %d+ bytes"), out)
     local file <close> = assert(io.open(files(folder .. "/results")[1]))
-    local points = assert(json.decode(file:read "a")).points
+    local points = assert(json.decode(file:read "a")).sections[1].points
     assert.equal(6, #points)
     assert.truthy(points[3].oom and points[4].oom)
     assert.truthy(points[5].seconds and points[6].seconds)
@@ -256,7 +256,8 @@ describe("a user's metric", function()
     assert.equal(0, code, err)
     assert.truthy(out:find("rank_of_favourite", 1, true))
     local file <close> = assert(io.open(files(folder .. "/results")[1]))
-    local results = assert(json.decode(file:read "a")).results
+    local results = {}
+    for _, row in ipairs(assert(json.decode(file:read "a")).sections[1].pair) do results[row.name] = row end
     assert.equal(5, results.rank_of_favourite.n)
     assert.is_true(results.rank_of_favourite.value >= 1)
     local kl = results.kl_full_quantized

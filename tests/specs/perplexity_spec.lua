@@ -152,11 +152,11 @@ describe("perplexity", function()
         support.STORIES, text, folder))
       assert(ok, output)
       local path = output:match "wrote (%S+)"
-      local r = support.json(path)
+      local r = support.json(path).sections[1]
       assert.equal(3, r.protocol.windows)
-      assert.equal(3 * 15, r.results.n)
-      assert.truthy(r.results.test.value > 1)
-      assert.truthy(output:find(("%.4f"):format(r.results.reference.value), 1, true))
+      assert.equal(3 * 15, r.summary.n)
+      assert.truthy(r.summary.test.value > 1)
+      assert.truthy(output:find(("%.4f"):format(r.summary.reference.value), 1, true))
       support.cleanup()
     end)
 
