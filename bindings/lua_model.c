@@ -48,6 +48,16 @@ bool qlua_callback_run(qlua_callback *cb, int nargs, int nresults)
 
 static bool apply_policy(void *ud, const char *name, int64_t n, int64_t k, ql_quant_spec *spec, ql_err *err);
 
+/* The policy at `arg`, a function or nothing, and what it is called with. */
+static ql_quant_policy policy_arg(lua_State *L, int arg, qlua_callback *cb)
+{
+    *cb = (qlua_callback){L, arg, false};
+    if (lua_isnoneornil(L, arg)) return NULL;
+    luaL_checktype(L, arg, LUA_TFUNCTION);
+    luaL_checkstack(L, 16, NULL);
+    return apply_policy;
+}
+
 static bool dtype_option(lua_State *L, int arg, ql_dtype *out)
 {
     const char *name = qlua_option_string(L, arg, "dtype", "auto");
@@ -56,25 +66,29 @@ static bool dtype_option(lua_State *L, int arg, ql_dtype *out)
     return ql_dtype_parse(name, out) && ql_dtype_is_weight(*out);
 }
 
-/* core.load(device, folder, {dtype=, max_context=}) -> model, or nil and an error */
+/* core.load(device, folder, {dtype=, max_context=}, policy or nil) -> model, or nil and an error */
 static int model_load(lua_State *L)
 {
     static const char *const known[] = {"dtype", "max_context", NULL};
     ql_device *dev = qlua_device_check(L, 1);
     const char *folder = luaL_checkstring(L, 2);
+    lua_settop(L, 4);
     qlua_options_check(L, 3, known);
     ql_load_options options;
     if (!dtype_option(L, 3, &options.dtype))
         return luaL_error(L, "option 'dtype' is not auto, float32, float16 or bfloat16");
     options.max_context = qlua_option_integer(L, 3, "max_context", 0, 1, INT32_MAX);
+    qlua_callback cb;
+    ql_quant_policy policy = policy_arg(L, 4, &cb);
     qlua_pressure(L, 0);
     qlua_model_box *box = qlua_box_push(L, QLUA_MODEL, sizeof *box);
     ql_err err;
     int tries = 0;
     ql_status status;
     do {
-        status = ql_llama_load(dev, folder, &options, &box->model, &err);
+        status = ql_llama_load(dev, folder, &options, policy, &cb, &box->model, &err);
     } while (qlua_retry(L, status, &tries));
+    if (cb.raised) return lua_error(L);
     return status == QL_OK ? 1 : qlua_fail(L, &err);
 }
 
@@ -122,15 +136,12 @@ static int model_random(lua_State *L)
                   "dtype is not float32, float16 or bfloat16");
     lua_Integer seed = luaL_optinteger(L, 4, 1);
     ql_config c = check_shape(L, 2);
-    qlua_callback cb = {L, 5, false};
-    bool policy = !lua_isnoneornil(L, 5);
-    if (policy) luaL_checktype(L, 5, LUA_TFUNCTION);
+    qlua_callback cb;
+    ql_quant_policy policy = policy_arg(L, 5, &cb);
     qlua_pressure(L, 0);
-    luaL_checkstack(L, 16, NULL);
     qlua_model_box *box = qlua_box_push(L, QLUA_MODEL, sizeof *box);
     ql_err err;
-    ql_status status =
-        ql_llama_random(dev, &c, dtype, (uint64_t)seed, policy ? apply_policy : NULL, &cb, &box->model, &err);
+    ql_status status = ql_llama_random(dev, &c, dtype, (uint64_t)seed, policy, &cb, &box->model, &err);
     if (cb.raised) return lua_error(L);
     return status == QL_OK ? 1 : qlua_fail(L, &err);
 }
@@ -151,15 +162,12 @@ static int model_outline(lua_State *L)
     ql_config c = shape ? check_shape(L, 2) : (ql_config){0};
     const char *folder = shape ? NULL : luaL_checkstring(L, 2);
     luaL_argcheck(L, !shape || options.dtype != QL_DTYPE_COUNT, 3, "a shape has no dtype of its own");
-    bool policy = !lua_isnil(L, 4);
-    if (policy) luaL_checktype(L, 4, LUA_TFUNCTION);
-    ql_quant_policy ask = policy ? apply_policy : NULL;
-    qlua_callback cb = {L, 4, false};
-    luaL_checkstack(L, 16, NULL);
+    qlua_callback cb;
+    ql_quant_policy policy = policy_arg(L, 4, &cb);
     qlua_model_box *box = qlua_box_push(L, QLUA_MODEL, sizeof *box);
     ql_err err;
-    ql_status status = shape ? ql_outline_random(dev, &c, options.dtype, ask, &cb, &box->model, &err)
-                             : ql_outline_load(dev, folder, &options, ask, &cb, &box->model, &err);
+    ql_status status = shape ? ql_outline_random(dev, &c, options.dtype, policy, &cb, &box->model, &err)
+                             : ql_outline_load(dev, folder, &options, policy, &cb, &box->model, &err);
     if (cb.raised) return lua_error(L);
     return status == QL_OK ? 1 : qlua_fail(L, &err);
 }
@@ -240,13 +248,13 @@ static int model_quantize(lua_State *L)
 {
     qlua_model_box *full = qlua_model_box_check(L, 1);
     luaL_checktype(L, 2, LUA_TFUNCTION);
-    qlua_callback cb = {L, 2, false};
+    qlua_callback cb;
+    ql_quant_policy policy = policy_arg(L, 2, &cb);
     qlua_pressure(L, 0);
     qlua_model_box *box = qlua_box_push(L, QLUA_MODEL, sizeof *box);
-    luaL_checkstack(L, 16, NULL);
     ql_err err;
     full->calls++;
-    ql_status status = ql_llama_quantize(full->model, apply_policy, &cb, &box->model, &err);
+    ql_status status = ql_llama_quantize(full->model, policy, &cb, &box->model, &err);
     full->calls--;
     if (cb.raised) return lua_error(L);
     return status == QL_OK ? 1 : qlua_fail(L, &err);

@@ -511,8 +511,8 @@ ql_status ql_llama_place(ql_llama *m, const char *folder, int64_t max_context, q
     return m->folder ? QL_OK : ql_err_set(err, QL_ERR_MEMORY, "out of memory");
 }
 
-ql_status ql_llama_load(ql_device *dev, const char *folder, const ql_load_options *options, ql_llama **out,
-                        ql_err *err)
+ql_status ql_llama_load(ql_device *dev, const char *folder, const ql_load_options *options,
+                        ql_quant_policy policy, void *ud, ql_llama **out, ql_err *err)
 {
     *out = NULL;
     ql_checkpoint *ck = NULL;
@@ -524,7 +524,7 @@ ql_status ql_llama_load(ql_device *dev, const char *folder, const ql_load_option
     if (status != QL_OK) goto fail;
     status = ql_checkpoint_open(folder, &ck, err);
     if (status != QL_OK) goto fail;
-    status = ql_weights_load(dev, m->arena, ck, &m->config, options->dtype, &m->weights, err);
+    status = ql_weights_load(dev, m->arena, ck, &m->config, options->dtype, policy, ud, &m->weights, err);
     if (status != QL_OK) goto fail;
     ql_checkpoint_close(ck);
     *out = m;

@@ -48,9 +48,10 @@ typedef struct {
     int64_t max_context; /* 0: what the config allows */
 } ql_load_options;
 
-/* `folder`: a Hugging Face model folder. Free with ql_llama_free. */
+/* `folder`: a Hugging Face model folder. Matrices that `policy` (may be NULL) picks are quantized while they
+ * are read: the model in full is never in memory. Free with ql_llama_free. */
 ql_status ql_llama_load(ql_device *dev, const char *folder, const ql_load_options *options,
-                        ql_llama **out /* [OUT] */, ql_err *err);
+                        ql_quant_policy policy, void *ud, ql_llama **out /* [OUT] */, ql_err *err);
 /* Random weights in the shape of `config`, stored as `dtype` or as `policy` (may be NULL) says. */
 ql_status ql_llama_random(ql_device *dev, const ql_config *config, ql_dtype dtype, uint64_t seed,
                           ql_quant_policy policy, void *ud, ql_llama **out /* [OUT] */, ql_err *err);

@@ -223,16 +223,12 @@ static ql_status outline_stored(const drawing *d, const char *name, int64_t n, i
 
 /* What the policy wants of a matrix, in `like`; like->block is 0 where it leaves the matrix alone. */
 static ql_status ask_policy(const drawing *d, const char *module, int64_t n, int64_t k, const char *dense,
-                            ql_quant *like, ql_err *err)
+                            const ql_quant *now, ql_quant *like, ql_err *err)
 {
     memset(like, 0, sizeof *like);
+    bool wanted;
     ql_quant_spec spec;
-    ql_err asked = {.code = QL_OK};
-    bool wanted = d->policy && d->policy(d->ud, module, n, k, &spec, &asked);
-    if (asked.code != QL_OK) {
-        if (err) *err = asked;
-        return asked.code;
-    }
+    QL_TRY(ql_weights_ask(d->policy, d->ud, module, n, k, now, &spec, &wanted, err));
     if (!wanted) return QL_OK;
     *like = (ql_quant){.block = spec.block,
                        .value_dtype = spec.value_dtype,
@@ -249,16 +245,18 @@ static ql_status outline_matrix(const drawing *d, const char *module, int64_t n,
     char name[96];
     ql_quant like;
     snprintf(name, sizeof name, "%s.weight", module);
-    if (d->ck && ql_checkpoint_is_quantized(d->ck, name)) return outline_stored(d, name, n, k, out, err);
-    QL_TRY(ask_policy(d, module, n, k, module, &like, err));
+    bool stored = d->ck && ql_checkpoint_is_quantized(d->ck, name);
+    if (stored) QL_TRY(outline_stored(d, name, n, k, out, err));
+    QL_TRY(ask_policy(d, module, n, k, module, out->quant, &like, err));
+    if (stored) return QL_OK;
     return like.block ? outline_4bit(d, &like, n, k, out, err) : outline_dense(d, module, n, k, out, err);
 }
 
-/* A head that is tied to the embedding parts from it when it is quantized, but not in a random model. */
+/* A head that is tied to the embedding parts from it when it is quantized. */
 static ql_status outline_tied_head(const drawing *d, ql_weights *w, ql_err *err)
 {
-    ql_quant like = {.block = 0};
-    if (d->ck) QL_TRY(ask_policy(d, "lm_head", w->embed.n, w->embed.k, "model.embed_tokens", &like, err));
+    ql_quant like;
+    QL_TRY(ask_policy(d, "lm_head", w->embed.n, w->embed.k, "model.embed_tokens", NULL, &like, err));
     if (like.block) return outline_4bit(d, &like, w->embed.n, w->embed.k, &w->lm_head, err);
     w->lm_head = ql_matrix_ref(&w->embed);
     return QL_OK;

@@ -10,7 +10,7 @@
 
 #include "llama.h"
 
-/* The model in `folder` as ql_llama_load would load it. With a `policy` (may be NULL), its quantized twin as
+/* The model in `folder` as ql_llama_load would load it. With a `policy` also its quantized twin as
  * ql_llama_quantize would make it, but counting what the two share as its own. */
 ql_status ql_outline_load(ql_device *dev, const char *folder, const ql_load_options *options,
                           ql_quant_policy policy, void *ud, ql_llama **out /* [OUT] */, ql_err *err);

@@ -36,13 +36,18 @@ static bool has_bias(const ql_config *c, ql_linear kind)
     return kind <= QL_O ? c->attention_bias : c->mlp_bias;
 }
 
+/* Where the weights of a model come from. Random numbers are one stream: `drawn` counts those that earlier
+ * matrices took. */
 typedef struct {
     ql_device *dev;
     ql_arena *arena;
-    const ql_checkpoint *ck;
-    ql_dtype dtype; /* QL_DTYPE_COUNT: as stored */
-    void *stage;    /* [STAGE_BYTES] */
-} loader;
+    const ql_checkpoint *ck; /* NULL: random */
+    void *stage;             /* [STAGE_BYTES]; random: NULL */
+    uint64_t seed, drawn;
+    ql_dtype dtype;         /* of dense matrices; QL_DTYPE_COUNT: as stored */
+    ql_quant_policy policy; /* may be NULL */
+    void *ud;
+} source;
 
 /* Between two pieces the user may stop the work. */
 static ql_status poll(ql_err *err)
@@ -50,25 +55,25 @@ static ql_status poll(ql_err *err)
     return ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted") : QL_OK;
 }
 
-static ql_status stream_in(loader *l, const ql_st_tensor *src, ql_tensor *dst, ql_err *err)
+static ql_status stream_in(const source *s, const ql_st_tensor *src, ql_tensor *dst, ql_err *err)
 {
     size_t total = ql_tensor_bytes(dst);
-    const ql_backend *be = l->dev->backend;
+    const ql_backend *be = s->dev->backend;
     for (size_t at = 0; at < total; at += STAGE_BYTES) {
         QL_TRY(poll(err));
         size_t n = total - at < STAGE_BYTES ? total - at : STAGE_BYTES;
-        QL_TRY(ql_checkpoint_read(l->ck, src, at, n, l->stage, err));
-        QL_TRY(be->upload(l->dev->ctx, (char *)dst->data + at, l->stage, n, err));
+        QL_TRY(ql_checkpoint_read(s->ck, src, at, n, s->stage, err));
+        QL_TRY(be->upload(s->dev->ctx, (char *)dst->data + at, s->stage, n, err));
     }
     return QL_OK;
 }
 
 /* A float tensor of the checkpoint with the shape given, converted to `dtype` (QL_DTYPE_COUNT: as stored). */
-static ql_status load_tensor(loader *l, const char *name, int ndim, const int64_t *shape, ql_dtype dtype,
-                             ql_tensor *out, ql_dtype *stored, ql_err *err)
+static ql_status load_tensor(const source *s, const char *name, int ndim, const int64_t *shape,
+                             ql_dtype dtype, ql_tensor *out, ql_dtype *stored, ql_err *err)
 {
     const ql_st_tensor *src;
-    QL_TRY(ql_checkpoint_need(l->ck, name, &src, err));
+    QL_TRY(ql_checkpoint_need(s->ck, name, &src, err));
     bool fits = src->ndim == ndim;
     for (int i = 0; fits && i < ndim; i++) fits = src->shape[i] == shape[i];
     if (!fits) {
@@ -76,22 +81,22 @@ static ql_status load_tensor(loader *l, const char *name, int ndim, const int64_
         snprintf(want, sizeof want, ndim == 1 ? "[%lld]" : "[%lld, %lld]", (long long)shape[0],
                  (long long)(ndim == 1 ? 0 : shape[1]));
         ql_err_set(err, QL_ERR_FORMAT, "%s: tensor '%s' has not the shape %s that config.json calls for",
-                   ql_checkpoint_file(l->ck, src), name, want);
+                   ql_checkpoint_file(s->ck, src), name, want);
         return ql_err_hint(err, "config.json and the weights belong to different models");
     }
     if (!ql_dtype_is_weight(src->dtype)) {
-        ql_err_set(err, QL_ERR_UNSUPPORTED, "%s: tensor '%s' is %s", ql_checkpoint_file(l->ck, src), name,
+        ql_err_set(err, QL_ERR_UNSUPPORTED, "%s: tensor '%s' is %s", ql_checkpoint_file(s->ck, src), name,
                    ql_dtype_name(src->dtype));
         return ql_err_hint(err, "qlua runs F32, F16, BF16 and bitsandbytes 4-bit weights");
     }
     if (stored) *stored = src->dtype;
     if (dtype == QL_DTYPE_COUNT) dtype = src->dtype;
     ql_tensor raw = {0};
-    QL_TRY(ql_tensor_new(l->dev, l->arena, QL_MEM_WEIGHTS, src->dtype, ndim, shape, &raw, err));
-    ql_status status = stream_in(l, src, &raw, err);
+    QL_TRY(ql_tensor_new(s->dev, s->arena, QL_MEM_WEIGHTS, src->dtype, ndim, shape, &raw, err));
+    ql_status status = stream_in(s, src, &raw, err);
     if (status == QL_OK && dtype != src->dtype) {
         ql_tensor converted = {0};
-        status = ql_tensor_new(l->dev, l->arena, QL_MEM_WEIGHTS, dtype, ndim, shape, &converted, err);
+        status = ql_tensor_new(s->dev, s->arena, QL_MEM_WEIGHTS, dtype, ndim, shape, &converted, err);
         if (status == QL_OK) status = ql_op_convert(&raw, &converted, err);
         ql_tensor_free(&raw);
         raw = converted;
@@ -104,50 +109,53 @@ static ql_status load_tensor(loader *l, const char *name, int ndim, const int64_
     return QL_OK;
 }
 
-static ql_status load_vector(loader *l, const char *name, int64_t n, ql_tensor *out, ql_dtype *stored,
-                             ql_err *err)
+/* Random norms and biases are ones. */
+static ql_status ones(const source *s, int64_t n, ql_tensor *out, ql_err *err)
 {
-    return load_tensor(l, name, 1, &n, QL_F32, out, stored, err);
+    float *host = ql_malloc((size_t)n * sizeof *host);
+    if (!host) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+    for (int64_t i = 0; i < n; i++) host[i] = 1.0f;
+    ql_status status = ql_tensor_new_1d(s->dev, s->arena, QL_MEM_WEIGHTS, QL_F32, n, out, err);
+    if (status == QL_OK) status = ql_tensor_upload(out, host, (size_t)n * sizeof *host, err);
+    ql_free(host);
+    return status;
 }
 
-static ql_status load_matrix(loader *l, const char *name, int64_t n, int64_t k, ql_matrix *out, ql_err *err)
+static ql_status make_vector(const source *s, const char *name, int64_t n, ql_tensor *out, ql_dtype *stored,
+                             ql_err *err)
 {
-    QL_TRY(poll(err));
-    if (ql_checkpoint_is_quantized(l->ck, name)) {
-        QL_TRY(ql_quant_load(l->ck, name, l->dev, l->arena, out, err));
-        if (out->n == n && out->k == k) return QL_OK;
-        ql_err_set(err, QL_ERR_FORMAT, "%s: tensor '%s' is [%lld, %lld], config.json calls for [%lld, %lld]",
-                   ql_checkpoint_path(l->ck), name, (long long)out->n, (long long)out->k, (long long)n,
-                   (long long)k);
-        ql_matrix_free(out);
-        return QL_ERR_FORMAT;
-    }
+    return s->ck ? load_tensor(s, name, 1, &n, QL_F32, out, stored, err) : ones(s, n, out, err);
+}
+
+static ql_status random_dense(source *s, int64_t n, int64_t k, ql_tensor *out, ql_err *err)
+{
+    QL_TRY(ql_tensor_new_2d(s->dev, s->arena, QL_MEM_WEIGHTS, s->dtype, n, k, out, err));
+    QL_TRY(ql_op_random(s->seed, s->drawn, out, err));
+    s->drawn += (uint64_t)(n * k);
+    return QL_OK;
+}
+
+/* After a failure `out` may hold something still. */
+static ql_status make_dense(source *s, const char *name, int64_t n, int64_t k, ql_matrix *out, ql_err *err)
+{
     const int64_t shape[] = {n, k};
+    memset(out, 0, sizeof *out);
     out->n = n;
     out->k = k;
-    QL_TRY(load_tensor(l, name, 2, shape, l->dtype, &out->data, NULL, err));
+    QL_TRY(s->ck ? load_tensor(s, name, 2, shape, s->dtype, &out->data, NULL, err)
+                 : random_dense(s, n, k, &out->data, err));
     out->dtype = out->data.dtype;
     return QL_OK;
 }
 
-static ql_status load_layer(loader *l, const ql_config *c, int64_t i, ql_weights *w, ql_err *err)
+static ql_status load_4bit(const source *s, const char *name, int64_t n, int64_t k, ql_matrix *out,
+                           ql_err *err)
 {
-    char module[64], name[96];
-    ql_layer *layer = &w->layer[i];
-    snprintf(name, sizeof name, "model.layers.%lld.input_layernorm.weight", (long long)i);
-    QL_TRY(load_vector(l, name, c->hidden, &layer->input_norm, &w->norm_dtype, err));
-    snprintf(name, sizeof name, "model.layers.%lld.post_attention_layernorm.weight", (long long)i);
-    QL_TRY(load_vector(l, name, c->hidden, &layer->post_norm, &w->norm_dtype, err));
-    for (int kind = 0; kind < QL_LINEARS; kind++) {
-        int64_t n, k;
-        ql_linear_shape(c, kind, &n, &k);
-        snprintf(name, sizeof name, "%s.weight", ql_linear_name(i, kind, module));
-        QL_TRY(load_matrix(l, name, n, k, &layer->linear[kind], err));
-        if (!has_bias(c, kind)) continue;
-        snprintf(name, sizeof name, "%s.bias", module);
-        QL_TRY(load_vector(l, name, n, &layer->linear[kind].bias, &w->bias_dtype, err));
-    }
-    return QL_OK;
+    QL_TRY(ql_quant_load(s->ck, name, s->dev, s->arena, out, err));
+    if (out->n == n && out->k == k) return QL_OK;
+    return ql_err_set(
+        err, QL_ERR_FORMAT, "%s: tensor '%s' is [%lld, %lld], config.json calls for [%lld, %lld]",
+        ql_checkpoint_path(s->ck), name, (long long)out->n, (long long)out->k, (long long)n, (long long)k);
 }
 
 /* Is `name` a tensor that the model of `config` reads? */
@@ -186,25 +194,6 @@ static ql_status check_extra(const ql_checkpoint *ck, const ql_config *c, ql_err
     return QL_OK;
 }
 
-static ql_status load_all(loader *l, const ql_config *c, ql_weights *w, ql_err *err)
-{
-    const int64_t shape[] = {c->vocab, c->hidden};
-    w->embed.n = c->vocab;
-    w->embed.k = c->hidden;
-    if (ql_checkpoint_is_quantized(l->ck, "model.embed_tokens.weight"))
-        return ql_err_set(err, QL_ERR_UNSUPPORTED, "%s: the embedding is stored in 4 bits",
-                          ql_checkpoint_path(l->ck));
-    QL_TRY(load_tensor(l, "model.embed_tokens.weight", 2, shape, l->dtype, &w->embed.data, NULL, err));
-    w->dtype = w->embed.dtype = w->embed.data.dtype;
-    QL_TRY(load_vector(l, "model.norm.weight", c->hidden, &w->norm, &w->norm_dtype, err));
-    if (c->tie_embeddings)
-        w->lm_head = ql_matrix_ref(&w->embed);
-    else
-        QL_TRY(load_matrix(l, "lm_head.weight", c->vocab, c->hidden, &w->lm_head, err));
-    for (int64_t i = 0; i < c->layers; i++) QL_TRY(load_layer(l, c, i, w, err));
-    return QL_OK;
-}
-
 static ql_status weights_new(int64_t layers, ql_weights *out, ql_err *err)
 {
     memset(out, 0, sizeof *out);
@@ -215,125 +204,111 @@ static ql_status weights_new(int64_t layers, ql_weights *out, ql_err *err)
     return QL_OK;
 }
 
-ql_status ql_weights_load(ql_device *dev, ql_arena *arena, const ql_checkpoint *ck, const ql_config *config,
-                          ql_dtype dtype, ql_weights *out, ql_err *err)
+ql_status ql_weights_ask(ql_quant_policy policy, void *ud, const char *name, int64_t n, int64_t k,
+                         const ql_quant *now, ql_quant_spec *spec, bool *wanted, ql_err *err)
 {
-    QL_TRY(weights_new(config->layers, out, err));
-    loader l = {dev, arena, ck, dtype, ql_malloc(STAGE_BYTES)};
-    ql_status status =
-        l.stage ? check_extra(ck, config, err) : ql_err_set(err, QL_ERR_MEMORY, "out of memory");
-    if (status == QL_OK) status = load_all(&l, config, out, err);
-    ql_free(l.stage);
-    if (status != QL_OK) ql_weights_free(out);
-    return status;
-}
-
-/* --- random weights --------------------------------------------------------------------------------------
- */
-
-/* The numbers of a model are one stream: `drawn` counts those that earlier matrices took. */
-typedef struct {
-    ql_device *dev;
-    ql_arena *arena;
-    ql_dtype dtype;
-    uint64_t seed, drawn;
-    ql_quant_policy policy; /* may be NULL */
-    void *ud;
-} generator;
-
-static ql_status random_dense(generator *g, int64_t n, int64_t k, ql_matrix *out, ql_err *err)
-{
-    memset(out, 0, sizeof *out);
-    out->n = n;
-    out->k = k;
-    out->dtype = g->dtype;
-    QL_TRY(ql_tensor_new_2d(g->dev, g->arena, QL_MEM_WEIGHTS, g->dtype, n, k, &out->data, err));
-    ql_status status = ql_op_random(g->seed, g->drawn, &out->data, err);
-    g->drawn += (uint64_t)(n * k);
-    if (status != QL_OK) ql_matrix_free(out);
-    return status;
-}
-
-/* The policy's word on one matrix: dense is replaced by its 4-bit form, or left. */
-static ql_status apply_policy(const ql_matrix *dense, const char *name, ql_arena *arena,
-                              ql_quant_policy policy, void *ud, ql_matrix *out, ql_err *err)
-{
-    QL_TRY(poll(err));
-    ql_quant_spec spec;
     ql_err asked = {.code = QL_OK};
-    bool wanted = policy && policy(ud, name, dense->n, dense->k, &spec, &asked);
+    *wanted = policy && policy(ud, name, n, k, spec, &asked);
     if (asked.code != QL_OK) {
         if (err) *err = asked;
         return asked.code;
     }
+    if (!*wanted || !now) return QL_OK;
+    ql_err_set(err, QL_ERR_ARG, "%s is already quantized (%s)", name, now->scheme);
+    return ql_err_hint(err, "quantize a model that was loaded in 16 or 32 bits");
+}
+
+/* `out` is the 4-bit form of `m`, or `m` itself: what the policy says. */
+static ql_status apply_policy(const ql_matrix *m, const char *name, ql_arena *arena, ql_quant_policy policy,
+                              void *ud, ql_matrix *out, ql_err *err)
+{
+    QL_TRY(poll(err));
+    bool wanted;
+    ql_quant_spec spec;
+    QL_TRY(ql_weights_ask(policy, ud, name, m->n, m->k, m->quant, &spec, &wanted, err));
     if (!wanted) {
-        *out = ql_matrix_ref(dense);
+        *out = ql_matrix_ref(m);
         return QL_OK;
     }
-    if (dense->quant) {
-        ql_err_set(err, QL_ERR_ARG, "%s is already quantized (%s)", name, dense->quant->scheme);
-        return ql_err_hint(err, "quantize a model that was loaded in 16 or 32 bits");
-    }
-    ql_status status = ql_quant_matrix(dense, &spec, arena, out, err);
+    ql_status status = ql_quant_matrix(m, &spec, arena, out, err);
     if (status != QL_OK) ql_err_prefix(err, "%s: ", name);
     return status;
 }
 
-/* Norms and biases: ones. */
-static ql_status random_vector(const generator *g, int64_t n, ql_tensor *out, ql_err *err)
+static ql_status make_matrix(source *s, const char *module, int64_t n, int64_t k, ql_matrix *out, ql_err *err)
 {
-    float *host = ql_malloc((size_t)n * sizeof *host);
-    if (!host) return ql_err_set(err, QL_ERR_MEMORY, "out of memory");
-    for (int64_t i = 0; i < n; i++) host[i] = 1.0f;
-    ql_status status = ql_tensor_new_1d(g->dev, g->arena, QL_MEM_WEIGHTS, QL_F32, n, out, err);
-    if (status == QL_OK) status = ql_tensor_upload(out, host, (size_t)n * sizeof *host, err);
-    ql_free(host);
+    char name[96];
+    snprintf(name, sizeof name, "%s.weight", module);
+    ql_matrix made = {0};
+    ql_status status = s->ck && ql_checkpoint_is_quantized(s->ck, name)
+                           ? load_4bit(s, name, n, k, &made, err)
+                           : make_dense(s, name, n, k, &made, err);
+    if (status == QL_OK) status = apply_policy(&made, module, s->arena, s->policy, s->ud, out, err);
+    ql_matrix_free(&made);
     return status;
 }
 
-static ql_status random_linear(generator *g, int64_t n, int64_t k, const char *name, ql_matrix *out,
-                               ql_err *err)
+static ql_status make_layer(source *s, const ql_config *c, int64_t i, ql_weights *w, ql_err *err)
 {
-    ql_matrix dense;
-    QL_TRY(random_dense(g, n, k, &dense, err));
-    ql_status status = apply_policy(&dense, name, g->arena, g->policy, g->ud, out, err);
-    ql_matrix_free(&dense);
-    return status;
-}
-
-static ql_status random_layer(generator *g, const ql_config *c, int64_t i, ql_layer *layer, ql_err *err)
-{
-    QL_TRY(random_vector(g, c->hidden, &layer->input_norm, err));
-    QL_TRY(random_vector(g, c->hidden, &layer->post_norm, err));
+    char module[64], name[96];
+    ql_layer *layer = &w->layer[i];
+    snprintf(name, sizeof name, "model.layers.%lld.input_layernorm.weight", (long long)i);
+    QL_TRY(make_vector(s, name, c->hidden, &layer->input_norm, &w->norm_dtype, err));
+    snprintf(name, sizeof name, "model.layers.%lld.post_attention_layernorm.weight", (long long)i);
+    QL_TRY(make_vector(s, name, c->hidden, &layer->post_norm, &w->norm_dtype, err));
     for (int kind = 0; kind < QL_LINEARS; kind++) {
-        char name[64];
         int64_t n, k;
         ql_linear_shape(c, kind, &n, &k);
-        QL_TRY(random_linear(g, n, k, ql_linear_name(i, kind, name), &layer->linear[kind], err));
-        if (has_bias(c, kind)) QL_TRY(random_vector(g, n, &layer->linear[kind].bias, err));
+        QL_TRY(make_matrix(s, ql_linear_name(i, kind, module), n, k, &layer->linear[kind], err));
+        if (!has_bias(c, kind)) continue;
+        snprintf(name, sizeof name, "%s.bias", module);
+        QL_TRY(make_vector(s, name, n, &layer->linear[kind].bias, &w->bias_dtype, err));
     }
     return QL_OK;
 }
 
-static ql_status random_all(generator *g, const ql_config *c, ql_weights *w, ql_err *err)
+static ql_status make_all(source *s, const ql_config *c, ql_weights *w, ql_err *err)
 {
-    QL_TRY(random_dense(g, c->vocab, c->hidden, &w->embed, err));
-    QL_TRY(random_vector(g, c->hidden, &w->norm, err));
+    QL_TRY(make_dense(s, "model.embed_tokens.weight", c->vocab, c->hidden, &w->embed, err));
+    w->dtype = w->embed.dtype;
+    QL_TRY(make_vector(s, "model.norm.weight", c->hidden, &w->norm, &w->norm_dtype, err));
     if (c->tie_embeddings)
-        w->lm_head = ql_matrix_ref(&w->embed);
+        QL_TRY(apply_policy(&w->embed, "lm_head", s->arena, s->policy, s->ud, &w->lm_head, err));
     else
-        QL_TRY(random_linear(g, c->vocab, c->hidden, "lm_head", &w->lm_head, err));
-    for (int64_t i = 0; i < c->layers; i++) QL_TRY(random_layer(g, c, i, &w->layer[i], err));
+        QL_TRY(make_matrix(s, "lm_head", c->vocab, c->hidden, &w->lm_head, err));
+    for (int64_t i = 0; i < c->layers; i++) QL_TRY(make_layer(s, c, i, w, err));
     return QL_OK;
+}
+
+static ql_status check_names(const ql_checkpoint *ck, const ql_config *c, ql_err *err)
+{
+    if (ql_checkpoint_is_quantized(ck, "model.embed_tokens.weight"))
+        return ql_err_set(err, QL_ERR_UNSUPPORTED, "%s: the embedding is stored in 4 bits",
+                          ql_checkpoint_path(ck));
+    return check_extra(ck, c, err);
+}
+
+ql_status ql_weights_load(ql_device *dev, ql_arena *arena, const ql_checkpoint *ck, const ql_config *config,
+                          ql_dtype dtype, ql_quant_policy policy, void *ud, ql_weights *out, ql_err *err)
+{
+    QL_TRY(weights_new(config->layers, out, err));
+    source s = {.dev = dev, .arena = arena, .ck = ck, .dtype = dtype, .policy = policy, .ud = ud};
+    s.stage = ql_malloc(STAGE_BYTES);
+    ql_status status =
+        s.stage ? check_names(ck, config, err) : ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+    if (status == QL_OK) status = make_all(&s, config, out, err);
+    ql_free(s.stage);
+    if (status != QL_OK) ql_weights_free(out);
+    return status;
 }
 
 ql_status ql_weights_random(ql_device *dev, ql_arena *arena, const ql_config *c, ql_dtype dtype,
                             uint64_t seed, ql_quant_policy policy, void *ud, ql_weights *out, ql_err *err)
 {
     QL_TRY(weights_new(c->layers, out, err));
-    out->dtype = out->norm_dtype = out->bias_dtype = dtype;
-    generator g = {dev, arena, dtype, seed, 0, policy, ud};
-    ql_status status = random_all(&g, c, out, err);
+    out->norm_dtype = out->bias_dtype = dtype;
+    source s = {.dev = dev, .arena = arena, .seed = seed, .dtype = dtype, .policy = policy, .ud = ud};
+    ql_status status = make_all(&s, c, out, err);
     if (status != QL_OK) ql_weights_free(out);
     return status;
 }

@@ -23,18 +23,27 @@ typedef struct {
     ql_dtype bias_dtype;
 } ql_weights;
 
-/* Read every tensor that `config` calls for. dtype: QL_DTYPE_COUNT keeps each tensor as stored; F32, F16 or
- * BF16 converts dense matrices. A missing, superfluous or misshapen tensor is refused by name. */
-ql_status ql_weights_load(ql_device *dev, ql_arena *arena, const ql_checkpoint *ck, const ql_config *config,
-                          ql_dtype dtype, ql_weights *out /* [OUT] */, ql_err *err);
-
 /* What to do with one matrix when a model is quantized: fill `spec` and return true, or false to keep it.
  * `name` is the module ("model.layers.0.mlp.up_proj"). Setting err->code stops the work with that error. */
 typedef bool (*ql_quant_policy)(void *ud, const char *name, int64_t n, int64_t k, ql_quant_spec *spec,
                                 ql_err *err);
 
-/* Random weights of the shape in `config` (near normal, sd 0.02; norms 1), stored as `dtype` or, where
- * `policy` (may be NULL) says so, quantized one matrix at a time. Same seed, same bits. */
+/* Ask `policy` (may be NULL) about a matrix [n, k]. `now`: how it is stored if in 4 bits already, which
+ * quantizing again refuses; NULL when dense. */
+ql_status ql_weights_ask(ql_quant_policy policy, void *ud, const char *name, int64_t n, int64_t k,
+                         const ql_quant *now, ql_quant_spec *spec /* [OUT] where wanted */,
+                         bool *wanted /* [OUT] */, ql_err *err);
+
+/* Read every tensor that `config` calls for. dtype: QL_DTYPE_COUNT keeps each tensor as stored; F32, F16 or
+ * BF16 converts dense matrices. A missing, superfluous or misshapen tensor is refused by name. Where `policy`
+ * (may be NULL) says so, a matrix is quantized as soon as it is read: one at a time is there in both forms,
+ * and the bits are those of ql_weights_quantize. */
+ql_status ql_weights_load(ql_device *dev, ql_arena *arena, const ql_checkpoint *ck, const ql_config *config,
+                          ql_dtype dtype, ql_quant_policy policy, void *ud, ql_weights *out /* [OUT] */,
+                          ql_err *err);
+
+/* Random weights of the shape in `config` (near normal, sd 0.02; norms 1), stored as `dtype` or quantized by
+ * `policy` in the same way. Same seed, same bits. */
 ql_status ql_weights_random(ql_device *dev, ql_arena *arena, const ql_config *config, ql_dtype dtype,
                             uint64_t seed, ql_quant_policy policy, void *ud, ql_weights *out /* [OUT] */,
                             ql_err *err);

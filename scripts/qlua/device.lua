@@ -10,30 +10,40 @@ local sys = require "qlua.sys"
 
 local device = core.methods "device"
 
---- Loads a model from a folder or, by id, from the Hugging Face cache on disk.
+--- What core takes of the options of load and outline.
+local function primitives(options)
+  for key in pairs(options) do
+    if key ~= "dtype" and key ~= "max_context" and key ~= "quant" then
+      error(("unknown option '%s' (options are: dtype, max_context, quant)"):format(tostring(key)), 3)
+    end
+  end
+  return { dtype = options.dtype, max_context = options.max_context }
+end
+
+--- Loads a model from a folder or, by id, from the Hugging Face cache on disk. With `quant` it becomes what
+--- model:quantize would make of it, matrix by matrix: the model in full is never in memory.
 ---@param model string
----@param options? { dtype: string?, max_context: integer? }  dtype: "auto" (as stored), "float32",
----  "bfloat16", "float16"
+---@param options? { dtype: string?, max_context: integer?, quant: table|string|nil }  dtype: "auto" (as
+---  stored), "float32", "bfloat16", "float16"; quant: options of model:quantize (see qlua.policy), or a
+---  scheme's name
 ---@return qlua.model?, qlua.failure?
 function device:load(model, options)
+  options = options or {}
+  local passed, choose = primitives(options), policy.of(options.quant)
   local folder, err = core.resolve(model)
   if not folder then return nil, err end
-  return core.load(self, folder, options)
+  return core.load(self, folder, passed, choose)
 end
 
 --- A model without weights, from the headers of its files: :info(), :matrices() and :expected_memory() say
---- what they would say of the model itself, or of its quantized twin (`quant`: options of model:quantize).
---- Whatever needs a weight fails. `model` may be a shape as in qlua.shapes, which needs a dtype.
+--- what they would say of the model that device:load makes with these options. Whatever needs a weight fails.
+--- `model` may be a shape as in qlua.shapes, which needs a dtype.
 ---@param model string|table
----@param options? { dtype: string?, max_context: integer?, quant: table? }
+---@param options? { dtype: string?, max_context: integer?, quant: table|string|nil }
 ---@return qlua.model?, qlua.failure?
 function device:outline(model, options)
   options = options or {}
-  for key in pairs(options) do
-    if key ~= "dtype" and key ~= "max_context" and key ~= "quant" then
-      error(("unknown option '%s' (options are: dtype, max_context, quant)"):format(tostring(key)), 2)
-    end
-  end
+  local passed, choose = primitives(options), policy.of(options.quant)
   local source = model
   if type(model) == "string" then
     local folder, err = core.resolve(model)
@@ -43,8 +53,7 @@ function device:outline(model, options)
     source = {}
     for _, key in ipairs(shapes.fields) do source[key] = model[key] end
   end
-  return core.outline(self, source, { dtype = options.dtype, max_context = options.max_context },
-    options.quant and policy.make(options.quant) or nil)
+  return core.outline(self, source, passed, choose)
 end
 
 local recent = device.kernels

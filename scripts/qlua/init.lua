@@ -12,6 +12,7 @@
 local _ENV <const> = require "qlua.strict"
 
 local core = require "qlua.core"
+local policy = require "qlua.policy"
 local shapes = require "qlua.shapes"
 require "qlua.device"
 require "qlua.model"
@@ -93,10 +94,8 @@ function qlua.load_synthetic(name, options)
     device, err = core.device "auto"
     if not device then return nil, err end
   end
-  local quant = options.quant
-  if type(quant) == "string" then quant = { scheme = quant } end
-  local policy = quant and require("qlua.policy").make(quant) or nil
-  return core.load_random(device, flat, options.dtype or "bfloat16", options.seed or 1, policy)
+  local choose = policy.of(options.quant)
+  return core.load_random(device, flat, options.dtype or "bfloat16", options.seed or 1, choose)
 end
 
 return qlua

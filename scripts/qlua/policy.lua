@@ -78,4 +78,12 @@ function policy.make(options)
   end
 end
 
+--- The same of an option `quant`: a scheme's name, a table of options, or nothing.
+---@param quant string|table|nil
+---@return (fun(name: string, rows: integer, columns: integer): table?)?
+function policy.of(quant)
+  if not quant then return nil end
+  return policy.make(type(quant) == "string" and { scheme = quant } or quant)
+end
+
 return policy

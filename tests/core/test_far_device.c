@@ -226,13 +226,14 @@ static void save_alike(const ql_llama *near_one, const ql_llama *far_one)
     rmdir(root);
 }
 
-static ql_llama *load(ql_device *on, const char *name)
+/* `with_double`: what to quantize with while loading, or NULL. */
+static ql_llama *load(ql_device *on, const char *name, bool *with_double)
 {
     char folder[300];
     ql_llama *m;
     ql_load_options options = {.dtype = QL_DTYPE_COUNT};
     snprintf(folder, sizeof folder, MODELS "%s", name);
-    OK(ql_llama_load(on, folder, &options, &m, &error));
+    OK(ql_llama_load(on, folder, &options, with_double ? quantize_all : NULL, with_double, &m, &error));
     return m;
 }
 
@@ -243,7 +244,7 @@ static void checkpoints(void **state)
                                         "odd_nf4", "llama3_bf16", "nf4_f16"};
     size_t before = ql_tensor_live_bytes();
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        ql_llama *a = load(dev, names[i]), *b = load(far, names[i]);
+        ql_llama *a = load(dev, names[i], NULL), *b = load(far, names[i], NULL);
         save_alike(a, b);
         assert_int_equal(ql_arena_stats(b->arena).current[QL_MEM_WEIGHTS], ql_weights_bytes(&b->weights));
         for (int with_double = 0; with_double < 2 && !ql_weights_is_quantized(&a->weights); with_double++) {
@@ -251,6 +252,9 @@ static void checkpoints(void **state)
             bool wanted = with_double;
             OK(ql_llama_quantize(a, quantize_all, &wanted, &qa, &error));
             OK(ql_llama_quantize(b, quantize_all, &wanted, &qb, &error));
+            save_alike(qa, qb);
+            ql_llama_free(qb);
+            qb = load(far, names[i], &wanted);
             save_alike(qa, qb);
             ql_llama_free(qa);
             ql_llama_free(qb);

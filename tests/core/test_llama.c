@@ -319,14 +319,52 @@ static void survives(attempt fn, void *ud)
     }
 }
 
+static ql_status load(const char *folder, ql_dtype dtype, bool quantized, ql_llama **m, ql_err *err)
+{
+    bool with_double = true;
+    ql_load_options options = {.dtype = dtype};
+    ql_status status = ql_llama_load(dev, folder, &options, quantized ? nf4 : NULL, &with_double, m, err);
+    assert_true((status == QL_OK) == (*m != NULL));
+    return status;
+}
+
 static ql_status try_load(void *ud, ql_err *err)
 {
     ql_llama *m;
-    ql_load_options options = {.dtype = QL_DTYPE_COUNT};
-    ql_status status = ql_llama_load(dev, ud, &options, &m, err);
-    assert_true((status == QL_OK) == (m != NULL));
+    ql_status status = load(ud, QL_DTYPE_COUNT, false, &m, err);
     ql_llama_free(m);
     return status;
+}
+
+static ql_status try_load_quantized(void *ud, ql_err *err)
+{
+    ql_llama *m;
+    ql_status status = load(ud, QL_DTYPE_COUNT, true, &m, err);
+    ql_llama_free(m);
+    return status;
+}
+
+/* As stored and, where another type is asked for, converted too. */
+static void loading_quantized_has_one_dense_matrix_at_a_time(void **state)
+{
+    (void)state;
+    static const ql_dtype dtypes[] = {QL_DTYPE_COUNT, QL_F32};
+    const char *folder = QLUA_SOURCE_DIR "/examples/models/demo";
+    for (int i = 0; i < 2; i++) {
+        ql_llama *full, *m;
+        ql_err err;
+        assert_int_equal(load(folder, dtypes[i], false, &full, &err), QL_OK);
+        assert_int_equal(load(folder, dtypes[i], true, &m, &err), QL_OK);
+        const ql_matrix *largest = &full->weights.layer[0].linear[QL_DOWN];
+        size_t one = (size_t)(largest->n * largest->k) * (i == 0 ? 2 : 2 + 4);
+        size_t held = ql_weights_bytes(&m->weights), all = ql_weights_bytes(&full->weights);
+        ql_mem_stats s = ql_arena_stats(m->arena);
+        assert_int_equal(s.current_total, held);
+        assert_in_range(s.peak_total, held, held + one);
+        assert_true(held + 2 * one < all);
+        ql_llama_free(full);
+        ql_llama_free(m);
+    }
 }
 
 static ql_status try_quantize(void *ud, ql_err *err)
@@ -391,6 +429,7 @@ static void allocations_may_fail(void **state)
     (void)state;
     survives(try_load, (void *)(uintptr_t)(MODELS "nf4_double"));
     survives(try_load, (void *)(uintptr_t)(MODELS "sharded_f32"));
+    survives(try_load_quantized, (void *)(uintptr_t)(MODELS "llama3_bf16"));
     survives(try_random, NULL);
     ql_llama *m = make(QL_F16, false);
     survives(try_quantize, m);
@@ -411,9 +450,11 @@ static void the_user_may_stop_each(void **state)
 {
     (void)state;
     ql_llama *m = make(QL_BF16, false);
-    const attempt tries[] = {try_load, try_random, try_quantize, try_forward, try_generate};
+    const attempt tries[] = {try_load,     try_load_quantized, try_random,
+                             try_quantize, try_forward,        try_generate};
     for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
-        void *ud = tries[i] == try_load ? (void *)(uintptr_t)(MODELS "llama3_bf16") : (void *)m;
+        bool loads = tries[i] == try_load || tries[i] == try_load_quantized;
+        void *ud = loads ? (void *)(uintptr_t)(MODELS "llama3_bf16") : (void *)m;
         ql_err err = {0};
         ql_interrupt_set();
         assert_int_equal(tries[i](ud, &err), QL_ERR_INTERRUPTED);
@@ -431,6 +472,7 @@ int main(void)
         cmocka_unit_test(what_cannot_fit_is_refused),
         cmocka_unit_test(sequences_do_not_meet),
         cmocka_unit_test(refusals_leave_the_cache_alone),
+        cmocka_unit_test(loading_quantized_has_one_dense_matrix_at_a_time),
         cmocka_unit_test(allocations_may_fail),
         cmocka_unit_test(the_user_may_stop_each),
     };

@@ -244,6 +244,95 @@ describe("the twin", function()
     local other <close> = tiny(4)
     assert.not_equal(hash(dense), hash(other))
   end)
+
+  it("of random weights parts a tied head from the embedding too", function()
+    local shape <const> = { device = support.device(), layers = 1 }
+    local dense <close> = assert(qlua.load_synthetic("smollm2-135m", shape))
+    local twin <close> = assert(dense:quantize { skip = {} })
+    shape.quant = { skip = {} }
+    local direct <close> = assert(qlua.load_synthetic("smollm2-135m", shape))
+    assert.same(twin:info(), direct:info())
+    assert.equal("nf4", by_name(direct).lm_head.scheme)
+  end)
+end)
+
+describe("a model loaded with quant", function()
+  local CHOICES <const> = {
+    { scheme = "nf4", double = true },
+    { scheme = "fp4", block = 128, skip = { "mlp" } },
+    { codebook = { -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7 }, dtype = "float32" },
+    { skip = {} },
+    { policy = function(name) return name:find "up_proj" and "nf4" or nil end },
+  }
+
+  it("is the twin of the full one, bit by bit, and shares nothing", function()
+    for _, folder in ipairs { FOLDER, support.MODELS .. "llama31_bf16", support.MODELS .. "biases_bf16" } do
+      local source <close> = assert(support.device():load(folder))
+      for _, quant in ipairs(CHOICES) do
+        local twin <close> = assert(source:quantize(quant))
+        local direct <close> = assert(support.device():load(folder, { quant = quant }))
+        assert.same(twin:info(), direct:info())
+        assert.equal(hash(twin), hash(direct))
+        assert.equal(direct:info().bytes, direct:memory().weights)
+        local map = by_name(direct)
+        for _, m in ipairs(twin:matrices()) do
+          -- a tied head that stays as it is shares the embedding's memory
+          local tied = m.name == "lm_head" and not m.scheme and source:info().tied
+          assert.equal(tied, map[m.name].shared)
+          m.shared = map[m.name].shared
+          assert.same(m, map[m.name])
+        end
+        local outline <close> = assert(support.device():outline(folder, { quant = quant }))
+        assert.same(direct:info(), outline:info())
+        assert.equal(direct:memory().weights, outline:memory().weights)
+      end
+    end
+  end)
+
+  it("takes a scheme's name and the other options of load", function()
+    local options <const> = { dtype = "float32", max_context = 20 }
+    local source <close> = assert(support.device():load(FOLDER, options))
+    local twin <close> = assert(source:quantize { scheme = "fp4" })
+    options.quant = "fp4"
+    local direct <close> = assert(support.device():load(FOLDER, options))
+    assert.same(twin:info(), direct:info())
+    assert.equal(hash(twin), hash(direct))
+  end)
+
+  it("is saved as the twin is, and loads back", function()
+    local folder, quant = support.folder(), { double = true }
+    local twin <close> = assert(full:quantize(quant))
+    local direct <close> = assert(support.device():load(FOLDER, { quant = quant }))
+    assert(twin:save(folder .. "/twin"))
+    assert(direct:save(folder .. "/direct"))
+    for _, file in ipairs { "model.safetensors", "config.json" } do
+      assert.is_true(support.read(folder .. "/twin/" .. file) == support.read(folder .. "/direct/" .. file))
+    end
+    local again <close> = assert(support.device():load(folder .. "/direct"))
+    assert.equal(hash(direct), hash(again))
+  end)
+
+  it("refuses what quantize refuses, as an outline does", function()
+    for _, make in ipairs { "load", "outline" } do
+      local function attempt(quant, name)
+        return function()
+          local device = support.device()
+          local model = device[make](device, name and support.MODELS .. name or FOLDER, { quant = quant })
+          return model -- no tail call: the message names this file
+        end
+      end
+      raises(attempt "nf5", "'nf5'", "nf4 and fp4")
+      raises(attempt { schem = "nf4" }, "quantize_spec", "'schem'")
+      raises(attempt { block = 48 }, "48", "power of two")
+      raises(attempt(true), "quantize_spec", "table", "boolean")
+      raises(attempt { policy = function() error "enough" end }, "enough")
+      raises(attempt({}, "fp4"), "q_proj", "already quantized", "fp4")
+      -- what is not quantized yet can be
+      local more <close> = assert(attempt({ skip = "layers" }, "fp4")())
+      assert.equal("fp4", by_name(more)["model.layers.0.mlp.up_proj"].scheme)
+      assert.equal("nf4", by_name(more).lm_head.scheme)
+    end
+  end)
 end)
 
 describe("codes", function()
