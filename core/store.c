@@ -1,16 +1,14 @@
 #include "store_impl.h"
 
-#include "clock.h"
 #include "file.h"
-#include "interrupt.h"
 #include "mem.h"
+#include "text.h"
 
 #include <errno.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
+#include <unistd.h>
 
 #define APPLICATION 0x716c7561 /* "qlua" in the file's header */
 #define VERSION 1
@@ -35,207 +33,6 @@ static const char schema[] =
     "CREATE VIEW samples AS SELECT run_rows.run AS run, sets.name AS name, key, seq, id, value, rows.created "
     "AS created"
     " FROM run_rows JOIN rows USING (key, id) JOIN sets USING (key);";
-
-static const char *const sql[QL_STORE_STATEMENTS] = {
-    [QL_STORE_RUN_ADD] = "INSERT INTO runs (name, started, status, pid, process, command, script_sha256)"
-                         " VALUES (?, ?, 'running', ?, ?, ?, ?)",
-    [QL_STORE_RUN_END] = "UPDATE runs SET finished = ?, status = ?, document = ? WHERE id = ?",
-    [QL_STORE_RUNS] = "SELECT id, name, started, finished, status, pid, process FROM runs ORDER BY id DESC",
-    [QL_STORE_RUN] =
-        "SELECT id, name, started, finished, status, pid, process, command, script_sha256, document"
-        " FROM runs WHERE id = ?",
-    [QL_STORE_SET_ADD] = "INSERT INTO sets (key, name, inputs, created) VALUES (?, ?, ?, ?)"
-                         " ON CONFLICT DO NOTHING",
-    [QL_STORE_SETS] = "SELECT key, name, inputs, created FROM sets WHERE name = ?"
-                      " ORDER BY created DESC, rowid DESC",
-    [QL_STORE_ROW_PUT] = "INSERT INTO rows (key, id, value, run, created) VALUES (?, ?, ?, ?, ?)"
-                         " ON CONFLICT DO UPDATE SET value = excluded.value, run = excluded.run,"
-                         " created = excluded.created",
-    [QL_STORE_ROWS] = "SELECT id, value FROM rows WHERE key = ?",
-    [QL_STORE_USE_CLEAR] = "DELETE FROM run_rows WHERE run = ? AND key = ?",
-    [QL_STORE_USE_ADD] = "INSERT INTO run_rows (run, key, seq, id) VALUES (?, ?, ?, ?)",
-    [QL_STORE_USED] = "SELECT id, value FROM run_rows JOIN rows USING (key, id)"
-                      " WHERE run_rows.run = ? AND key = ? ORDER BY seq",
-    [QL_STORE_FILE_FIND] = "SELECT sha256 FROM files WHERE dev = ? AND inode = ? AND size = ?"
-                           " AND mtime_ns = ? AND ctime_ns = ?",
-    [QL_STORE_FILE_PUT] = "INSERT INTO files (path, dev, inode, size, mtime_ns, ctime_ns, sha256)"
-                          " VALUES (?, ?, ?, ?, ?, ?, ?)"
-                          " ON CONFLICT DO UPDATE SET path = excluded.path, size = excluded.size,"
-                          " mtime_ns = excluded.mtime_ns, ctime_ns = excluded.ctime_ns,"
-                          " sha256 = excluded.sha256",
-};
-
-double ql_store_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* --- errors ----------------------------------------------------------------------------------------------
- */
-
-static ql_status failed_system(const ql_store *store, const char *verb, int error, ql_err *err)
-{
-    if (error == ENOSPC || error == EDQUOT || error == EFBIG) {
-        ql_err_set(err, QL_ERR_IO, "%s: the disk is full", store->path);
-        return ql_err_hint(err, "free disk space and run again: what was finished before is kept");
-    }
-    ql_err_set(err, QL_ERR_IO, "%s: cannot %s%s%s", store->path, verb, error ? ": " : "",
-               error ? strerror(error) : "");
-    return ql_err_hint(err, "check the disk and the permissions of the file and its folder");
-}
-
-static ql_status damaged(ql_store *store, const char *why, ql_err *err)
-{
-    ql_err_set(err, QL_ERR_FORMAT, "%s: is damaged: %s", store->path, why);
-    return ql_err_hint(
-        err, "it was left as it is: keep a copy of it and its -wal file, try `sqlite3 FILE .recover`, "
-             "or give another --output_path");
-}
-
-static ql_status failed_code(ql_store *store, int code, const char *why, int error, ql_err *err)
-{
-    switch (code & 0xff) {
-    case SQLITE_NOMEM:
-        return ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to read or write it", store->path);
-    case SQLITE_INTERRUPT:
-        return ql_err_set(err, QL_ERR_INTERRUPTED, "%s: interrupted", store->path);
-    case SQLITE_BUSY:
-    case SQLITE_LOCKED:
-    case SQLITE_PROTOCOL:
-        if (ql_interrupted()) return ql_err_set(err, QL_ERR_INTERRUPTED, "%s: interrupted", store->path);
-        ql_err_set(err, QL_ERR_IO, "%s: another process holds it, after %g seconds still", store->path,
-                   store->wait);
-        return ql_err_hint(err, "wait until that process is done, or give another --output_path");
-    case SQLITE_FULL:
-        return failed_system(store, "write", ENOSPC, err);
-    case SQLITE_READONLY:
-    case SQLITE_PERM:
-        ql_err_set(err, QL_ERR_IO, "%s: the file or its folder is read-only", store->path);
-        return ql_err_hint(err, "change its permissions, or give another --output_path");
-    case SQLITE_CANTOPEN:
-        return failed_system(store, "open it or the files beside it", error, err);
-    case SQLITE_NOTADB:
-        ql_err_set(err, QL_ERR_FORMAT, "%s: is not a results store, nor any SQLite database", store->path);
-        return ql_err_hint(err, "it was left as it is: move it away, or give another --output_path");
-    case SQLITE_CORRUPT:
-    case SQLITE_ERROR:
-    case SQLITE_SCHEMA:
-        return damaged(store, why, err);
-    case SQLITE_IOERR:
-        if (code == SQLITE_IOERR_NOMEM) return failed_code(store, SQLITE_NOMEM, why, error, err);
-        if (code == SQLITE_IOERR_CORRUPTFS) return damaged(store, why, err);
-        return failed_system(store, "read or write", error, err);
-    default:
-        return ql_err_set(err, QL_ERR_IO, "%s: %s", store->path, why);
-    }
-}
-
-ql_status ql_store_failed(ql_store *store, ql_err *err)
-{
-    return failed_code(store, sqlite3_extended_errcode(store->db), sqlite3_errmsg(store->db),
-                       sqlite3_system_errno(store->db), err);
-}
-
-/* --- statements ------------------------------------------------------------------------------------------
- */
-
-/* SQLite asks while another process holds the file: true to try again. After Ctrl-C a writer has half a
- * second left for the rows that are finished. */
-static int busy(void *context, int count)
-{
-    ql_store *store = context;
-    double now = ql_clock_seconds();
-    if (count == 0) store->since = now;
-    double limit = ql_interrupted() && store->wait > 0.5 ? 0.5 : store->wait;
-    if (now - store->since >= limit) return 0;
-    nanosleep(&(struct timespec){.tv_nsec = count < 20 ? 1000000 : 10000000}, NULL);
-    return 1;
-}
-
-ql_status ql_store_exec(ql_store *store, const char *text, ql_err *err)
-{
-    return sqlite3_exec(store->db, text, NULL, NULL, NULL) == SQLITE_OK ? QL_OK : ql_store_failed(store, err);
-}
-
-void ql_store_stop(ql_store *store)
-{
-    if (store->query) sqlite3_reset(store->query);
-    store->query = NULL;
-}
-
-ql_status ql_store_bind(ql_store *store, ql_store_statement which, ql_err *err, const char *types, ...)
-{
-    sqlite3_stmt **stmt = &store->statements[which];
-    int code = SQLITE_OK;
-    va_list ap;
-    ql_store_stop(store);
-    if (!*stmt &&
-        sqlite3_prepare_v3(store->db, sql[which], -1, SQLITE_PREPARE_PERSISTENT, stmt, NULL) != SQLITE_OK)
-        return ql_store_failed(store, err);
-    va_start(ap, types);
-    for (int i = 1; types[i - 1] && code == SQLITE_OK; i++) {
-        if (types[i - 1] == 'i') code = sqlite3_bind_int64(*stmt, i, va_arg(ap, int64_t));
-        if (types[i - 1] == 'd') code = sqlite3_bind_double(*stmt, i, va_arg(ap, double));
-        if (types[i - 1] == 's')
-            code = sqlite3_bind_text(*stmt, i, va_arg(ap, const char *), -1, SQLITE_STATIC);
-    }
-    va_end(ap);
-    return code == SQLITE_OK ? QL_OK : ql_store_failed(store, err);
-}
-
-ql_status ql_store_do(ql_store *store, ql_store_statement which, ql_err *err)
-{
-    sqlite3_stmt *stmt = store->statements[which];
-    ql_status status = sqlite3_step(stmt) == SQLITE_DONE ? QL_OK : ql_store_failed(store, err);
-    sqlite3_reset(stmt);
-    return status;
-}
-
-void ql_store_start(ql_store *store, ql_store_statement which)
-{
-    store->query = store->statements[which];
-}
-
-ql_status ql_store_next(ql_store *store, bool *more, ql_err *err)
-{
-    *more = false;
-    if (!store->query) return ql_err_set(err, QL_ERR_ARG, "%s: the query has ended", store->path);
-    int code = sqlite3_step(store->query);
-    *more = code == SQLITE_ROW;
-    if (*more) return QL_OK;
-    ql_status status = code == SQLITE_DONE ? QL_OK : ql_store_failed(store, err);
-    ql_store_stop(store);
-    return status;
-}
-
-const char *ql_store_column(ql_store *store, int column, bool *ok)
-{
-    if (sqlite3_column_type(store->query, column) == SQLITE_NULL) return NULL;
-    const char *text = (const char *)sqlite3_column_text(store->query, column);
-    if (!text) *ok = false;
-    return text;
-}
-
-ql_status ql_store_begin(ql_store *store, ql_err *err)
-{
-    ql_store_stop(store);
-    if (store->readonly) return ql_err_set(err, QL_ERR_ARG, "%s: was opened to be read only", store->path);
-    return ql_store_exec(store, "BEGIN IMMEDIATE", err);
-}
-
-ql_status ql_store_end(ql_store *store, ql_status status, ql_err *err)
-{
-    if (status == QL_OK) status = ql_store_exec(store, "COMMIT", err);
-    /* After some errors SQLite has rolled back by itself. */
-    if (status != QL_OK && !sqlite3_get_autocommit(store->db))
-        sqlite3_exec(store->db, "ROLLBACK", NULL, NULL, NULL);
-    return status;
-}
-
-/* --- opening ---------------------------------------------------------------------------------------------
- */
 
 static ql_status pragma(ql_store *store, const char *text, int64_t *value, ql_err *err)
 {
@@ -267,7 +64,7 @@ static ql_status identify(ql_store *store, bool *empty, ql_err *err)
                    store->path, (long long)version, VERSION);
         return ql_err_hint(err, "use that qlua, or give another --output_path");
     }
-    return version == VERSION ? QL_OK : damaged(store, "its schema has no number", err);
+    return version == VERSION ? QL_OK : ql_store_damaged(store, "its schema has no number", err);
 }
 
 static ql_status create(ql_store *store, ql_err *err)
@@ -292,7 +89,8 @@ static ql_status turn_to_log(ql_store *store, ql_err *err)
     int tries = 0;
     do {
         status = ql_store_exec(store, "PRAGMA journal_mode = WAL", err);
-    } while (status != QL_OK && (sqlite3_errcode(store->db) & 0xff) == SQLITE_BUSY && busy(store, tries++));
+    } while (status != QL_OK && (sqlite3_errcode(store->db) & 0xff) == SQLITE_BUSY &&
+             ql_store_busy(store, tries++));
     return status;
 }
 
@@ -300,20 +98,22 @@ static ql_status prepare(ql_store *store, ql_err *err)
 {
     bool empty = false;
     sqlite3_extended_result_codes(store->db, 1);
-    sqlite3_busy_handler(store->db, busy, store);
+    sqlite3_busy_handler(store->db, ql_store_busy, store);
     /* Until the file is known to be sound, closing it must not write the log into it. */
     sqlite3_db_config(store->db, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, NULL);
     sqlite3_db_config(store->db, SQLITE_DBCONFIG_DEFENSIVE, 1, NULL);
+    /* EXTRA is FULL where there is a log; a rollback journal's end is synced too. */
     QL_TRY(ql_store_exec(store,
-                         "PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF;"
+                         "PRAGMA synchronous = EXTRA; PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF;"
                          "PRAGMA cell_size_check = ON; PRAGMA mmap_size = 0",
                          err));
-    QL_TRY(identify(store, &empty, err));
+    QL_TRY(ql_store_exec(store, "BEGIN", err)); /* another process may be making the schema just now */
+    QL_TRY(ql_store_end(store, identify(store, &empty, err), err));
     if (store->readonly) {
         if (!empty) return QL_OK;
         return ql_err_set(err, QL_ERR_FORMAT, "%s: is empty, there are no results in it", store->path);
     }
-    if (sqlite3_db_readonly(store->db, "main") == 1) return failed_code(store, SQLITE_READONLY, NULL, 0, err);
+    if (sqlite3_db_readonly(store->db, "main") == 1) return ql_store_read_only(store, err);
     QL_TRY(turn_to_log(store, err));
     if (empty) QL_TRY(create(store, err));
     sqlite3_db_config(store->db, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0, NULL);
@@ -332,7 +132,7 @@ static ql_status check_path(ql_store *store, ql_err *err)
                    S_ISDIR(info.st_mode) ? "a folder" : "a device or pipe");
         return ql_err_hint(err, "give the name of a file");
     }
-    if (errno != ENOENT) return failed_system(store, "open", errno, err);
+    if (errno != ENOENT && errno != ENOTDIR) return ql_store_failed_system(store, "open", errno, err);
     if (store->readonly) return ql_err_set(err, QL_ERR_NOT_FOUND, "%s: there is no such file", path);
     if (!slash || slash == path) return QL_OK;
     char *folder = ql_strndup(path, (size_t)(slash - path));
@@ -346,6 +146,55 @@ static ql_status check_path(ql_store *store, ql_err *err)
     return status;
 }
 
+static ql_status connect(ql_store *store, const char *name, int flags, ql_err *err)
+{
+    sqlite3_close(store->db);
+    int code = sqlite3_open_v2(name, &store->db, flags | SQLITE_OPEN_NOMUTEX, NULL);
+    if (code == SQLITE_OK) return QL_OK;
+    if (store->db) return ql_store_failed(store, err);
+    return ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to open it", store->path);
+}
+
+/* Open `file` as one that nobody changes: SQLite then needs no files beside it. */
+static ql_status connect_unchanging(ql_store *store, const char *file, ql_err *err)
+{
+    ql_text name = {0};
+    ql_text_puts(&name, "file:");
+    for (; *file; file++) ql_text_printf(&name, "%%%02x", (unsigned char)*file);
+    ql_text_puts(&name, "?immutable=1");
+    ql_status status = QL_OK;
+    if (name.failed) status = ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to open it", store->path);
+    if (status == QL_OK) status = connect(store, name.data, SQLITE_OPEN_READONLY | SQLITE_OPEN_URI, err);
+    ql_text_free(&name);
+    return status;
+}
+
+/* SQLite has opened the file and not read it yet. It would delete the log of a file that has been emptied,
+ * and it could not read a store in a folder where it cannot make the files beside it. */
+static ql_status look_beside(ql_store *store, ql_err *err)
+{
+    struct stat file_info, log_info;
+    const char *path = sqlite3_db_filename(store->db, "main"), *log_path = sqlite3_filename_wal(path);
+    bool has_log =
+        stat(log_path, &log_info) == 0 && log_info.st_size > 0; /* first: a new store's file is older */
+    if (has_log && stat(path, &file_info) == 0 && file_info.st_size == 0) {
+        ql_err_set(err, QL_ERR_FORMAT, "%s: is empty, but its log %s is not", store->path, log_path);
+        return ql_err_hint(err,
+                           "something has emptied the file: bring it back beside its log, or move the log "
+                           "away");
+    }
+    if (!store->readonly || has_log) return QL_OK;
+    char *file = ql_strdup(path), *slash = file ? strrchr(file, '/') : NULL;
+    if (!file) return ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to open it", store->path);
+    ql_status status = QL_OK;
+    if (slash) *slash = '\0';
+    bool fixed = slash && access(*file ? file : "/", W_OK) != 0;
+    if (slash) *slash = '/';
+    if (fixed) status = connect_unchanging(store, file, err);
+    ql_free(file);
+    return status;
+}
+
 static ql_status open_database(ql_store *store, ql_err *err)
 {
     bool in_memory = strcmp(store->path, ":memory:") == 0;
@@ -353,12 +202,12 @@ static ql_status open_database(ql_store *store, ql_err *err)
     /* SQLite takes names that begin with "file:" and ":" as something else than a file's. */
     char *name = in_memory || store->path[0] == '/' ? ql_strdup(store->path) : ql_file_join(".", store->path);
     if (!name) return ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to open it", store->path);
-    int flags = store->readonly ? SQLITE_OPEN_READONLY : SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE;
-    int code = sqlite3_open_v2(name, &store->db, flags | SQLITE_OPEN_NOMUTEX, NULL);
+    ql_status status =
+        connect(store, name,
+                store->readonly ? SQLITE_OPEN_READONLY : SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, err);
     ql_free(name);
-    if (code == SQLITE_OK) return prepare(store, err);
-    if (store->db) return ql_store_failed(store, err);
-    return ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to open it", store->path);
+    if (status == QL_OK && !in_memory) status = look_beside(store, err);
+    return status == QL_OK ? prepare(store, err) : status;
 }
 
 ql_status ql_store_open(const char *path, bool readonly, double wait, ql_store **out, ql_err *err)

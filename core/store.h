@@ -4,9 +4,8 @@
  * A set is the rows that depend on the same inputs; its key is the SHA-256 of those. A row is one finished
  * element, a JSON text under the set's key and an id of its own. A run records which rows its result consists
  * of. Every function that writes is one transaction: when it returns QL_OK its rows survive a kill -9 and a
- * power cut (write-ahead log, synchronous=FULL; a rollback journal where the file system has no shared
- * memory), when it fails nothing of it is there. Several processes may use one store; a writer waits for
- * another.
+ * power cut (a write-ahead log, synced; a rollback journal where the file system has no shared memory), when
+ * it fails nothing of it is there. Several processes may use one store; a writer waits for another.
  *
  * The caller owns the store and closes it. Texts that go in are borrowed for the call, end in NUL and are
  * UTF-8; `key` is 64 lower-case hex digits. Errors name the file and what to do. A file that is damaged,
@@ -25,7 +24,8 @@
 typedef struct ql_store ql_store;
 
 /* Open `path`, made when it is not there (its folder must be) unless `readonly`; ":memory:" is a store of
- * this process that ends with it. `wait`: seconds to wait for another process that is writing. */
+ * this process that ends with it. A read-only folder takes `readonly`, and no log beside the file. `wait`:
+ * seconds to wait for another process that is writing. */
 ql_status ql_store_open(const char *path, bool readonly, double wait, ql_store **store /* [OUT] */,
                         ql_err *err);
 void ql_store_close(ql_store *store);             /* NULL too */

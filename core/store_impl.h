@@ -36,6 +36,14 @@ struct ql_store {
 /* What SQLite says went wrong last, as an error that names the file and what to do. */
 ql_status ql_store_failed(ql_store *store, ql_err *err);
 
+/* The same for what went wrong outside of SQLite; `verb` is what could not be done. */
+ql_status ql_store_failed_system(const ql_store *store, const char *verb, int error, ql_err *err);
+ql_status ql_store_read_only(const ql_store *store, ql_err *err);
+ql_status ql_store_damaged(ql_store *store, const char *why, ql_err *err);
+
+/* SQLite's busy handler; `count` is 0 when the waiting begins. */
+int ql_store_busy(void *store, int count);
+
 /* Run SQL without results. */
 ql_status ql_store_exec(ql_store *store, const char *sql, ql_err *err);
 
