@@ -43,6 +43,7 @@ ql_llama *qlua_model_check(lua_State *L, int arg);
 void qlua_model_open(lua_State *L);
 void qlua_checkpoint_open(lua_State *L);
 void qlua_metrics_open(lua_State *L);
+void qlua_resample_open(lua_State *L);
 
 /* The collector does not see the bytes of tensors and models: before `bytes` more are taken, collect when
  * more than the soft limit would have come on top of what is known to be in use. */

@@ -48,5 +48,6 @@ int luaopen_qlua_core(lua_State *L)
     qlua_model_open(L);
     qlua_checkpoint_open(L);
     qlua_metrics_open(L);
+    qlua_resample_open(L);
     return 1;
 }

@@ -16,7 +16,8 @@ import scipy.stats
 import statsmodels
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.power import NormalIndPower, TTestPower
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint, proportion_effectsize
 
 SHARES = [0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0]
 
@@ -158,17 +159,174 @@ def binomial():
     return rows
 
 
-def questions_needed():
-    """Connor (Biometrics 43, 1987) for paired shares, before and after rounding up."""
+def newcombe():
     rows = []
-    for b, c in [(0.10, 0.05), (0.152, 0.063), (0.05, 0.02), (0.2, 0.19), (0.02, 0.0), (0.03, 0.07)]:
+    a = [(56, 70), (0, 10), (10, 10), (45, 79), (5, 56), (1, 1)]
+    b = [(48, 80), (0, 20), (0, 20), (83, 166), (0, 29), (0, 1)]
+    for u, v in zip(a, b):
+        for confidence in (0.9, 0.95):
+            low, high = confint_proportions_2indep(*v, *u, method="newcomb", compare="diff", alpha=1 - confidence)
+            rows.append({"a": u, "b": v, "confidence": confidence, "low": float(low), "high": float(high)})
+    return rows
+
+
+def ratios():
+    """Percentile intervals of ratios of paired lists, by scipy.stats.bootstrap; `tolerance` as in bootstrap()."""
+    gen = np.random.default_rng(12)
+    full = (0.02 + gen.gamma(2, 0.001, 20)).round(6)
+    quantized = (full * gen.normal(0.6, 0.03, 20)).round(6)
+    words = gen.integers(5, 60, (2, 45)).astype(float)
+    seconds = (0.1 + words / gen.normal(20, 2, (2, 45))).round(4)
+    cases = [
+        ("median", [full, quantized], lambda a, b, axis: np.median(a, axis) / np.median(b, axis)),
+        ("mean", [words[0], seconds[0]], lambda a, b, axis: a.mean(axis) / b.mean(axis)),
+        (
+            "mean",
+            [words[1], seconds[1], words[0], seconds[0]],
+            lambda a, b, c, d, axis: a.mean(axis) / b.mean(axis) / (c.mean(axis) / d.mean(axis)),
+        ),
+    ]
+    rows = []
+    for of, lists, statistic in cases:
+        drawn = [
+            scipy.stats.bootstrap(
+                lists, statistic, paired=True, n_resamples=10000, method="percentile", vectorized=True, rng=gen
+            ).bootstrap_distribution
+            for _ in range(40)
+        ]
+        ends = np.asarray([np.quantile(d, [0.025, 0.975]) for d in drawn])
+        low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975])
+        rows.append(
+            {
+                "of": of,
+                "lists": [v.tolist() for v in lists],
+                "ratio": float(statistic(*lists, axis=-1)),
+                "low": float(low),
+                "high": float(high),
+                "tolerance": float(4 * ends.std(0).max()),
+            }
+        )
+    return rows
+
+
+def sign_flip_exact(d):
+    """p of the sum of whole numbers under random signs, from the distribution of that sum."""
+    size = int(np.abs(d).sum())
+    share = np.zeros(2 * size + 1)
+    share[size] = 1.0
+    for v in np.abs(d):
+        v = int(v)
+        share = (np.roll(share, v) + np.roll(share, -v)) / 2 if v else share
+    return float(share[np.abs(np.arange(-size, size + 1)) >= abs(int(d.sum()))].sum())
+
+
+def sign_flips():
+    """Small lists by scipy.stats.permutation_test over all assignments; long ones by the sum's distribution."""
+    gen = np.random.default_rng(13)
+    rows = []
+    for values in [
+        [-0.5, -0.25, -0.75],
+        [0.0, 0.0, 1.0, -1.0, 0.5],
+        [0.1, 0.2, -0.3, 0.4, 0.1, 0.1],
+        gen.normal(0.4, 1, 12).round(3).tolist(),
+        gen.normal(0.9, 1, 14).round(3).tolist(),
+    ]:
+        p = scipy.stats.permutation_test(
+            (np.asarray(values),), np.sum, permutation_type="samples", n_resamples=np.inf, vectorized=True
+        ).pvalue
+        rows.append({"values": values, "p": float(p), "exact": True, "tolerance": 1e-12})
+    for shift in (0.0, 0.5, 0.9):
+        d = np.rint(gen.normal(shift, 4, 163)).astype(int)
+        p = sign_flip_exact(d)
+        error = math.sqrt(p * (1 - p) / 10000)
+        rows.append({"values": (d / 20).tolist(), "p": p, "exact": False, "tolerance": 4 * error + 1e-4})
+    return rows
+
+
+def against_controls():
+    """Three metrics of 16 questions and their noise floor: exact tests, Holm over them."""
+    gen = np.random.default_rng(14)
+    metrics = []
+    for name, mean in [("jaccard@5", 0.75), ("agreement", 0.9), ("nucleus", 0.99)]:
+        values = (gen.binomial(5, mean, 16) / 5).tolist()
+        control = (gen.binomial(5, 0.995, 16) / 5).tolist()
+        metrics.append({"name": name, "values": values, "control": control})
+    p = []
+    for m in metrics:
+        d = np.asarray(m["values"]) - np.asarray(m["control"])
+        m["difference"] = float(d.mean())
+        p.append(sign_flip_exact(np.rint(d * 5)))
+        m["p"] = p[-1]
+        needed = TTestPower().solve_power(effect_size=d.mean() / d.std(ddof=1), alpha=0.05, power=0.8)
+        m["needed"] = float(needed)
+    for m, adjusted in zip(metrics, multipletests(p, method="holm")[1]):
+        m["adjusted"] = float(adjusted)
+    return metrics
+
+
+def mcnemar_power(n, b, c, level):
+    """Power of the exact McNemar test with n questions, of which shares b and c are discordant either way."""
+    share = b + c
+    low, high = (int(scipy.stats.binom.ppf(f, n, share)) for f in (1e-9, 1 - 1e-9))
+    power = 0.0
+    for m in range(low, high + 1):
+        k = int(scipy.stats.binom.ppf(level / 2, m, 0.5))
+        while k >= 0 and 2 * scipy.stats.binom.cdf(k, m, 0.5) > level:
+            k -= 1
+        if k >= 0:
+            either = scipy.stats.binom.cdf(k, m, b / share) + scipy.stats.binom.sf(m - k - 1, m, b / share)
+            power += scipy.stats.binom.pmf(m, n, share) * either
+    return float(power)
+
+
+def questions_needed():
+    """Connor (Biometrics 43, 1987) + 1 / difference, and the power that the exact test really has there."""
+    gen = np.random.default_rng(15)
+    rows = []
+    shares = [(0.10, 0.05), (0.152, 0.063), (0.05, 0.02), (0.3, 0.1), (0.02, 0.0), (0.03, 0.07), (10 / 79, 3 / 79)]
+    for b, c in shares:
         for power, level in [(0.8, 0.05), (0.9, 0.01)]:
             z1, z2 = scipy.stats.norm.ppf(1 - level / 2), scipy.stats.norm.ppf(power)
-            d, s = b - c, b + c
-            n = (z1 * math.sqrt(s) + z2 * math.sqrt(s - d * d)) ** 2 / d**2
+            d, s = abs(b - c), b + c
+            n = math.ceil((z1 * math.sqrt(s) + z2 * math.sqrt(s - d * d)) ** 2 / d**2 + 1 / d)
+            reached = mcnemar_power(n, b, c, level)
             rows.append(
-                {"right_wrong": b, "wrong_right": c, "power": power, "level": level, "n": n, "rounded": math.ceil(n)}
+                {"right_wrong": b, "wrong_right": c, "power": power, "level": level, "n": n, "reached": reached}
             )
+            assert power - 0.02 < reached < power + 0.09, rows[-1]
+        # the same by playing 4,000 evaluations of the last size
+        played = gen.multinomial(n, [b, c, 1 - b - c], 4000)
+        p = [scipy.stats.binomtest(int(x), int(x + y)).pvalue if x + y else 1 for x, y, _ in played]
+        shown = np.mean(np.asarray(p) < level)
+        assert abs(shown - reached) < 4 * math.sqrt(reached * (1 - reached) / 4000), (b, c, shown, reached)
+    return rows
+
+
+def questions_needed_mean():
+    """statsmodels' paired t test; the sign-flip test has that power too, as 1,000 lists of normal values show."""
+    gen = np.random.default_rng(16)
+    rows = []
+    for difference, sd in [(0.5, 1.0), (-0.2, 0.35), (0.02, 0.2), (1.0, 1.0)]:
+        for power, level in [(0.8, 0.05), (0.9, 0.01)]:
+            n = TTestPower().solve_power(effect_size=abs(difference) / sd, alpha=level, power=power)
+            rows.append({"difference": difference, "sd": sd, "power": power, "level": level, "n": float(n)})
+            if n > 100:
+                continue
+            shown = 0
+            for _ in range(1000):
+                d = gen.normal(difference, sd, math.ceil(n))
+                sums = np.abs(gen.choice([-1.0, 1.0], (2000, len(d))) @ d)
+                shown += (1 + np.sum(sums >= abs(d.sum()))) / 2001 < level
+            assert abs(shown / 1000 - power) < 0.05, (rows[-1], shown)
+    return rows
+
+
+def questions_needed_each():
+    rows = []
+    for a, b in [(0.5, 0.6), (0.481, 0.57), (0.9, 0.95), (0.0, 0.1), (0.65, 0.64)]:
+        for power, level in [(0.8, 0.05), (0.9, 0.01)]:
+            n = NormalIndPower().solve_power(effect_size=proportion_effectsize(b, a), alpha=level, power=power)
+            rows.append({"a": a, "b": b, "power": power, "level": level, "n": float(n)})
     return rows
 
 
@@ -200,7 +358,13 @@ def main():
         "covariance": covariances(),
         "bootstrap_difference": bootstrap(),
         "binomial": binomial(),
+        "newcombe": newcombe(),
+        "ratio": ratios(),
+        "sign_flip": sign_flips(),
+        "against_controls": against_controls(),
         "questions_needed": questions_needed(),
+        "questions_needed_mean": questions_needed_mean(),
+        "questions_needed_each": questions_needed_each(),
         "normal": normal(),
     }
     parts = []

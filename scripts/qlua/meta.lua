@@ -261,9 +261,31 @@ function metrics.loglik(logits, targets) end
 ---@return number[]
 function metrics.entropy(logits) end
 
+--- Resampling for qlua.stats.
+---@class qlua.core.resample
+local resample = {}
+
+--- What each resample of the paired lists says: one list's mean or median, two lists' ratio of them, or four
+--- lists' quotient of two such ratios. Whole questions are redrawn.
+---@param kind "mean"|"median"
+---@param lists number[][]
+---@param resamples integer
+---@param seed integer
+---@return number[]
+function resample.bootstrap(kind, lists, resamples, seed) end
+
+--- How many assignments of signs bring the sum as far from 0 as it is, of how many that were tried, and
+--- whether those are all there are (up to 20 values).
+---@param values number[]
+---@param draws integer
+---@param seed integer
+---@return integer extreme, integer total, boolean exact
+function resample.sign_flips(values, draws, seed) end
+
 ---@class qlua.core
 ---@field version string
 ---@field metrics qlua.core.metrics
+---@field resample qlua.core.resample
 local core = {}
 
 --- The folder or file that a --model argument means: a path, or an id in the Hugging Face cache.
@@ -288,7 +310,7 @@ function core.cuda() end
 --- Primitives of qlua.tensor, qlua.device, device:load, qlua.load_synthetic and qlua.open_checkpoint.
 function core.tensor(values) end
 function core.device(name, options) end
-function core.load(dev, folder, options) end
+function core.load(dev, folder, options, policy) end
 function core.outline(dev, source, options, policy) end
 function core.load_random(dev, shape, dtype, seed, policy) end
 function core.open_checkpoint(path) end

@@ -6,6 +6,8 @@
 
 local _ENV <const> = require "qlua.strict"
 
+local resample = require("qlua.core").resample
+
 local stats = {}
 
 --- Sum with Neumaier's compensation (ZAMM 54, 1974): the error does not grow with the number of values.
@@ -200,12 +202,28 @@ end
 ---@param confidence? number default 0.95
 ---@return number low, number high
 function stats.wilson(k, n, confidence)
-  if not (n > 0 and k >= 0 and k <= n) then error(("%s of %s is not a share"):format(k, n), 2) end
+  if not (k >= 0 and n > 0 and k <= n) then error(("%s of %s is not a share"):format(k, n), 2) end
   local z = z_of(confidence, 2)
   local share, z2 = k / n, z * z
   local middle = (share + z2 / (2 * n)) / (1 + z2 / n)
   local half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
   return k == 0 and 0.0 or math.max(0, middle - half), k == n and 1.0 or math.min(1, middle + half)
+end
+
+--- Interval of the difference k_b / n_b - k_a / n_a of two shares that have nothing to do with each other, by
+--- Newcombe's method 10 (Statistics in Medicine 17, 1998): Wilson's limits of both, squared and added.
+---@param k_a integer
+---@param n_a integer
+---@param k_b integer
+---@param n_b integer
+---@param confidence? number default 0.95
+---@return number low, number high
+function stats.newcombe(k_a, n_a, k_b, n_b, confidence)
+  local low_a, high_a = stats.wilson(k_a, n_a, confidence)
+  local low_b, high_b = stats.wilson(k_b, n_b, confidence)
+  local a, b = k_a / n_a, k_b / n_b
+  return b - a - math.sqrt((b - low_b) ^ 2 + (high_a - a) ^ 2),
+    b - a + math.sqrt((high_b - b) ^ 2 + (a - low_a) ^ 2)
 end
 
 --- Probability of k heads among n fair coins. The halvings are spread over the product, so that nothing
@@ -224,7 +242,9 @@ end
 ---@param c integer questions that only the test answered rightly
 ---@return number p
 function stats.mcnemar(b, c)
-  if b < 0 or c < 0 then error("counts cannot be negative", 2) end
+  if not (math.tointeger(b) and math.tointeger(c) and b >= 0 and c >= 0) then
+    error(("%s and %s are not two counts"):format(b, c), 2)
+  end
   local n, smaller = b + c, math.min(b, c)
   if b == c then return 1.0 end
   local term = coin_probability(n, smaller) -- the largest of the sum; the others are ratios of it
@@ -243,7 +263,10 @@ end
 ---@return number[]
 function stats.holm(p)
   local order, adjusted, running = {}, {}, 0.0
-  for i in ipairs(p) do order[i] = i end
+  for i, value in ipairs(p) do
+    if not (value >= 0 and value <= 1) then error(("p value %d is %s"):format(i, value), 2) end
+    order[i] = i
+  end
   table.sort(order, function(i, j)
     if p[i] ~= p[j] then return p[i] < p[j] end
     return i < j
@@ -349,64 +372,166 @@ end
 ---@field seed integer?       default 1
 ---@field resamples integer?  default 10000
 ---@field confidence number?  default 0.95
+---@field of? "mean"|"median" stats.bootstrap_ratio: default "mean"
+---@field level number?       tests: what p must be under, default 0.05
 
---- Percentile bootstrap interval of a mean. One 64-bit draw gives two indices as (32 bits * n) >> 32, whose
---- bias is under n / 2^32.
+local OPTIONS <const> = { seed = true, resamples = true, confidence = true, of = true, level = true }
+
+local function options_of(options, level)
+  for key in pairs(options or {}) do
+    if not OPTIONS[key] then
+      error(("unknown option '%s' (options are: confidence, level, of, resamples, seed)"):format(
+        tostring(key)), level + 1)
+    end
+  end
+  return options or {}
+end
+
+--- Percentile interval of what the resamples of paired lists say; nil where one of them divides by zero.
+local function interval(kind, lists, options)
+  local _, confidence = z_of(options.confidence, 3)
+  local drawn = resample.bootstrap(kind, lists, options.resamples or 10000, options.seed or 1)
+  for _, value in ipairs(drawn) do
+    if value - value ~= 0 then return nil end
+  end
+  table.sort(drawn)
+  return percentile_of_sorted(drawn, (1 - confidence) / 2), percentile_of_sorted(drawn, (1 + confidence) / 2)
+end
+
+--- Percentile bootstrap interval of a mean.
 ---@param values number[]
 ---@param options? qlua.bootstrap_options
 ---@return number low, number high
 function stats.bootstrap(values, options)
-  options = options or {}
-  local n, resamples = #checked(values, 1, 2), options.resamples or 10000
-  local _, confidence = z_of(options.confidence, 2)
-  local random, means = stats.random(options.seed or 1), {}
-  for r = 1, resamples do
-    local sum, pairs_left = 0.0, n >> 1
-    while pairs_left > 0 do
-      local bits = random()
-      sum = sum + values[((bits >> 32) * n >> 32) + 1] + values[((bits & 0xFFFFFFFF) * n >> 32) + 1]
-      pairs_left = pairs_left - 1
-    end
-    if n & 1 == 1 then sum = sum + values[((random() >> 32) * n >> 32) + 1] end
-    means[r] = sum / n
-  end
-  table.sort(means)
-  return percentile_of_sorted(means, (1 - confidence) / 2), percentile_of_sorted(means, (1 + confidence) / 2)
+  return interval("mean", { checked(values, 1, 2) }, options_of(options, 2))
 end
 
---- Interval of mean(b) - mean(a) when a[i] and b[i] belong to the same question: whole questions are redrawn.
+--- b - a, for values that belong together.
+local function differences(a, b, level)
+  if #a ~= #b then error(("lists of %d and %d values are not paired"):format(#a, #b), level + 1) end
+  checked(a, 1, level + 1)
+  checked(b, 1, level + 1)
+  local list = {}
+  for i = 1, #a do list[i] = b[i] - a[i] end
+  return list
+end
+
+--- Interval of mean(b) - mean(a) when a[i] and b[i] belong to the same question: whole questions are
+--- redrawn.
 ---@param a number[]
 ---@param b number[]
 ---@param options? qlua.bootstrap_options
 ---@return number low, number high
 function stats.bootstrap_difference(a, b, options)
-  if #a ~= #b then error(("lists of %d and %d values are not paired"):format(#a, #b), 2) end
-  checked(a, 1, 2)
-  checked(b, 1, 2)
-  local differences = {}
-  for i = 1, #a do differences[i] = b[i] - a[i] end
-  return stats.bootstrap(differences, options)
+  return stats.bootstrap(differences(a, b, 2), options)
 end
 
---- Questions needed to show a paired difference of two shares (Connor, Biometrics 43, 1987); nil when there
---- is no difference to show.
+--- A ratio and its interval; element i of every list belongs to the same question or the same pass. {a, b}
+--- is mean(a) / mean(b) (words and seconds) or, with `of` = "median", the medians' ratio (two models' seconds
+--- of a pass); {a, b, c, d} is the quotient of a / b and c / d (two models' words per minute). nil where a
+--- divisor is 0; without low and high where one can be 0 in a resample.
+---@param lists number[][]  2 or 4
+---@param options? qlua.bootstrap_options
+---@return number? ratio, number? low, number? high
+function stats.bootstrap_ratio(lists, options)
+  options = options_of(options, 2)
+  if #lists ~= 2 and #lists ~= 4 then error(("a ratio has 2 or 4 lists, not %d"):format(#lists), 2) end
+  local of = { 1.0, 1.0, 1.0, 1.0 }
+  local center = options.of == "median" and stats.median or stats.mean
+  for i, list in ipairs(lists) do of[i] = center(checked(list, 1, 2)) end
+  local ratio = of[1] / of[2] / (of[3] / of[4])
+  if ratio - ratio ~= 0 then return nil end
+  return ratio, interval(options.of or "mean", lists, options)
+end
+
+--- Two-sided p of a mean of paired differences, if each could as well have had the other sign: the share of
+--- sign assignments that bring the sum as far from 0 (Fisher, The Design of Experiments, 1935, ch. 3). Exact
+--- for up to 20 differences that are not 0; else `resamples` random assignments, counted as (hits + 1) /
+--- (draws + 1), which is never too small (Phipson & Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010).
+---
+--- This and not Wilcoxon's signed ranks, because it tests the mean, which is what tables show, and because it
+--- needs no rule for ties and zeros, of which metrics such as Jaccard's are full.
+---@param values number[]  differences
+---@param options? qlua.bootstrap_options
+---@return number p, boolean exact
+function stats.sign_flip(values, options)
+  options = options_of(options, 2)
+  local moved = {}
+  for _, value in ipairs(checked(values, 1, 2)) do
+    if value ~= 0 then moved[#moved + 1] = value end
+  end
+  local hits, draws, exact = resample.sign_flips(moved, options.resamples or 10000, options.seed or 1)
+  return exact and hits / draws or (hits + 1) / (draws + 1), exact
+end
+
+--- z of a two-sided level and of a power, and the fewest values that can differ at all for a sign test to go
+--- under the level: 2 of 2^n assignments.
+local function power_of(power, level)
+  level = level or 0.05
+  return stats.normal_quantile(1 - level / 2), stats.normal_quantile(power or 0.8),
+    math.ceil(1 - math.log(level, 2))
+end
+
+--- Questions needed to show a paired difference of two shares by the exact McNemar test; nil when there is no
+--- difference to show. Connor's figure for the asymptotic test (Biometrics 43, 1987) and 1 / difference for
+--- the coarseness of the exact one, without which the power is 0.74 to 0.78 instead of 0.8.
 ---@param right_wrong number share of questions that only the reference answers rightly
 ---@param wrong_right number share that only the test answers rightly
 ---@param power? number      default 0.8
 ---@param level? number      two-sided, default 0.05
 ---@return integer?
 function stats.questions_needed(right_wrong, wrong_right, power, level)
-  local difference, discordant = right_wrong - wrong_right, right_wrong + wrong_right
+  local difference, discordant = math.abs(right_wrong - wrong_right), right_wrong + wrong_right
   if difference == 0 then return nil end
-  local z_level = stats.normal_quantile(1 - (level or 0.05) / 2)
-  local z_power = stats.normal_quantile(power or 0.8)
+  local z_level, z_power, least = power_of(power, level)
   local root = z_level * math.sqrt(discordant) + z_power * math.sqrt(discordant - difference * difference)
-  return math.ceil(root * root / (difference * difference))
+  return math.ceil(math.max((root / difference) ^ 2 + 1 / difference, least / discordant))
+end
+
+--- Questions needed to show a mean of paired differences; nil where it is 0. The normal figure with
+--- Guenther's correction for an estimated standard deviation (The American Statistician 35, 1981).
+---@param difference number
+---@param sd number          of the differences
+---@param power? number      default 0.8
+---@param level? number      two-sided, default 0.05
+---@return integer?
+function stats.questions_needed_mean(difference, sd, power, level)
+  if difference == 0 then return nil end
+  local z_level, z_power, least = power_of(power, level)
+  return math.ceil(math.max(((z_level + z_power) * sd / difference) ^ 2 + z_level ^ 2 / 2, least))
+end
+
+--- Questions that each of two runs needs to show a difference of two independent shares (Cohen's arcsine
+--- effect size, 1988); nil where they are equal.
+---@param a number
+---@param b number
+---@param power? number      default 0.8
+---@param level? number      two-sided, default 0.05
+---@return integer?
+function stats.questions_needed_each(a, b, power, level)
+  if a == b then return nil end
+  local z_level, z_power = power_of(power, level)
+  local effect = 2 * (math.asin(math.sqrt(b)) - math.asin(math.sqrt(a)))
+  return math.ceil(2 * ((z_level + z_power) / effect) ^ 2)
 end
 
 local function rounded_up(n)
   local unit = 10 ^ math.max(0, math.floor(math.log(n, 10)) - 1)
   return math.tointeger(math.ceil(n / unit) * unit) or n
+end
+
+--- "p = 0.031" or "p < 0.001".
+---@param p number
+---@return string
+function stats.p_text(p) return p < 0.001 and "p < 0.001" or ("p = %.3f"):format(p) end
+
+--- "not established at n = 79 (exact McNemar p = 0.092); about 180 questions would show a difference of this
+--- size at 80 % power".
+local function established_text(established, n, why, needed, unit)
+  local text = ("%s at n = %s (%s)"):format(established and "established" or "not established", n, why)
+  if established or not needed then return text end
+  return ("%s; about %d %s would show a difference of this size at 80 %% power"):format(text,
+    rounded_up(needed), unit or "questions")
 end
 
 ---@class qlua.comparison
@@ -433,18 +558,92 @@ function stats.compare(flips, p, level)
     needed = stats.questions_needed(b / n, c / n, 0.8, level),
   }
   if b == c then
-    result.sentence = ("no difference at n=%d: each model alone is right on %d question%s"):format(
+    result.sentence = ("no difference at n = %d: each model alone is right on %d question%s"):format(
       n, b, b == 1 and "" or "s")
-    return result
-  end
-  result.sentence = ("difference of %+.1f points %s at n=%d (%s p %s)"):format(100 * result.difference,
-    result.established and "established" or "not established", n, p_name,
-    p < 0.001 and "< 0.001" or ("= %.3f"):format(p))
-  if not result.established and result.needed > n then
-    result.sentence = result.sentence .. ("; about %d questions would show a difference of this size"):format(
-      rounded_up(result.needed))
+  else
+    result.sentence = ("difference of %+.1f points "):format(100 * result.difference)
+      .. established_text(result.established, n, p_name .. " " .. stats.p_text(p),
+        result.needed > n and result.needed or nil)
   end
   return result
+end
+
+---@class qlua.independent_comparison
+---@field n integer[]         questions of each run
+---@field difference number   share_b - share_a
+---@field low number          Newcombe's 95 % interval of it
+---@field high number
+---@field established boolean the interval leaves 0 out
+---@field needed integer?     questions of each run, for 80 % power
+---@field sentence string
+
+--- Whether two shares of right answers to different questions differ.
+---@param k_a integer
+---@param n_a integer
+---@param k_b integer
+---@param n_b integer
+---@return qlua.independent_comparison
+function stats.compare_independent(k_a, n_a, k_b, n_b)
+  local low, high = stats.newcombe(k_a, n_a, k_b, n_b)
+  local a, b = k_a / n_a, k_b / n_b
+  local result = { n = { n_a, n_b }, difference = b - a, low = low, high = high,
+    established = low > 0 or high < 0, needed = stats.questions_needed_each(a, b) }
+  result.sentence = a == b and ("no difference at n = %d and %d"):format(n_a, n_b)
+    or ("difference of %+.1f points "):format(100 * (b - a))
+      .. established_text(result.established, ("%d and %d"):format(n_a, n_b),
+        ("different questions, [%+.1f, %+.1f]"):format(100 * low, 100 * high), result.needed,
+        "questions each")
+  return result
+end
+
+---@class qlua.control_test
+---@field name string?
+---@field n integer
+---@field difference number   mean(pair) - mean(control)
+---@field low number          95 % paired bootstrap interval of it
+---@field high number
+---@field p number            sign-flip test
+---@field adjusted_p number   Holm's over the tests of one table; p where there is only one
+---@field established boolean adjusted_p < level: the pair differs by more than noise
+---@field questions_needed integer?  for 80 % power, if the differences seen are typical
+---@field sentence string
+
+--- Whether a metric of two models differs from its noise floor, the same metric of the full model against
+--- itself: values of the same questions in the same order.
+---@param pair number[]
+---@param control number[]
+---@param options? qlua.bootstrap_options
+---@return qlua.control_test
+function stats.against_control(pair, control, options)
+  return stats.against_controls({ { values = pair, control = control } }, options)[1]
+end
+
+--- The same for every metric of a table, with Holm's correction over all of them.
+---@param list { name: string?, values: number[], control: number[] }[]
+---@param options? qlua.bootstrap_options
+---@return qlua.control_test[]
+function stats.against_controls(list, options)
+  options = options_of(options, 2)
+  local tests, p, level = {}, {}, options.level or 0.05
+  for i, entry in ipairs(list) do
+    local moved = differences(entry.control, entry.values, 2)
+    local test = { name = entry.name, n = #moved, difference = stats.mean(moved) }
+    test.low, test.high = stats.bootstrap(moved, options)
+    test.p = stats.sign_flip(moved, options)
+    test.questions_needed = stats.questions_needed_mean(test.difference, stats.sd(moved) or 0, 0.8, level)
+    tests[i], p[i] = test, test.p
+  end
+  for i, adjusted in ipairs(stats.holm(p)) do
+    local test = tests[i]
+    test.adjusted_p, test.established = adjusted, adjusted < level
+    local needed = test.questions_needed or 0
+    test.sentence = test.difference == 0 and ("no difference from the noise floor at n = %d"):format(test.n)
+      or ("difference of %+.3g from the noise floor "):format(test.difference)
+        .. established_text(test.established, test.n,
+          (#tests > 1 and "adjusted " or "sign-flip ") .. stats.p_text(adjusted),
+          needed > test.n and needed or nil)
+  end
+  return tests
 end
 
 return stats

@@ -26,7 +26,8 @@ describe("annotations", function()
     end)
   end
 
-  local modules = { core = core, metrics = core.metrics, sys = require "qlua.sys", json = require "qlua.json",
+  local modules = { core = core, metrics = core.metrics, resample = core.resample,
+    sys = require "qlua.sys", json = require "qlua.json",
     tokenizers = require "qlua.tokenizer", interrupt = require "qlua.interrupt",
     probe = require "qlua.probe", store_module = require "qlua.store" }
   for owner, module in pairs(modules) do

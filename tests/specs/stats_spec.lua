@@ -1,4 +1,5 @@
 local stats = require "qlua.stats"
+local resample = require("qlua.core").resample
 
 local function near(expected, actual, tolerance)
   tolerance = tolerance or 1e-12
@@ -56,6 +57,17 @@ describe("moments", function()
       function() stats.mcnemar(-1, 2) end,
       function() stats.bootstrap {} end, function() stats.flips({ 1 }, { 1, 2 }, { 1 }) end,
       function() stats.random(1.5) end, function() stats.normal_quantile(0) end,
+      function() stats.mcnemar(1.5, 2) end, function() stats.holm { 0.5, 1.5 } end,
+      function() stats.holm { 0 / 0 } end, function() stats.newcombe(3, 2, 1, 2) end,
+      function() stats.bootstrap({ 1 }, { resample = 5 }) end,
+      function() stats.bootstrap({ 1 }, { resamples = 0 }) end,
+      function() stats.bootstrap({ 1 }, { seed = 0.5 }) end, function() stats.bootstrap { math.huge } end,
+      function() stats.bootstrap_difference({ 1, 2 }, { 1 }) end,
+      function() stats.bootstrap_ratio { { 1 }, { 1 }, { 1 } } end,
+      function() stats.bootstrap_ratio { { 1 }, { 1, 2 } } end,
+      function() stats.bootstrap_ratio({ { 1 }, { 1 } }, { of = "mode" }) end,
+      function() stats.sign_flip {} end, function() stats.sign_flip { 1, "2" } end,
+      function() stats.against_control({ 1, 2 }, { 1 }) end, function() stats.against_control({}, {}) end,
     } do
       assert.has_error(call)
     end
@@ -132,15 +144,43 @@ describe("bootstrap", function()
   end)
 
   it("draws every value equally often", function()
-    local seen = {}
-    for i = 1, 7 do seen[i] = 0 end
-    local probe = setmetatable({}, { __index = function(_, i)
-      if i > 7 then return nil end
-      seen[i] = seen[i] + 1
-      return 1.0
-    end, __len = function() return 7 end })
-    stats.bootstrap(probe, { resamples = 10000 })
-    for i = 1, 7 do near(10000, seen[i], 0.05) end
+    for n = 6, 7 do
+      for i = 1, n do
+        local one = {}
+        for j = 1, n do one[j] = j == i and n or 0 end
+        near(1, stats.mean(resample.bootstrap("mean", { one }, 10000, i)), 0.05)
+      end
+    end
+  end)
+
+  it("draws two indices from each word of the module's generator, whole questions at a time", function()
+    local list, other, n = { 1, 10, 100, 1000, 1e4 }, { 2, 20, 200, 2000, 2e4 }, 5
+    local random, expected = stats.random(9), {}
+    for r = 1, 50 do
+      local sum = 0
+      for i = 1, n, 2 do
+        local bits = random()
+        sum = sum + list[((bits >> 32) * n >> 32) + 1]
+        if i < n then sum = sum + list[((bits & 0xFFFFFFFF) * n >> 32) + 1] end
+      end
+      expected[r] = sum / n
+    end
+    assert.same(expected, resample.bootstrap("mean", { list }, 50, 9))
+    for _, ratio in ipairs(resample.bootstrap("mean", { list, other }, 50, 9)) do assert.equal(0.5, ratio) end
+    for _, ratio in ipairs(resample.bootstrap("median", { other, list, list, other }, 50, 9)) do
+      assert.equal(4.0, ratio)
+    end
+  end)
+
+  it("of one value, or of equal ones, is that value", function()
+    assert.same({ 3.5, 3.5 }, { stats.bootstrap { 3.5 } })
+    assert.same({ 2.0, 2.0 }, { stats.bootstrap({ 2, 2, 2 }, { resamples = 100 }) })
+    assert.same({ 2.0, 2.0, 2.0 }, { stats.bootstrap_ratio { { 3, 5 }, { 1.5, 2.5 } } })
+  end)
+
+  it("of a ratio is absent where the divisor can be 0", function()
+    assert.is_nil((stats.bootstrap_ratio { { 1, 2 }, { 0, 0 } }))
+    assert.same({ 3.0 }, { stats.bootstrap_ratio { { 1, 2 }, { 0, 1 } } })
   end)
 
   it("shuffles without repeats", function()
@@ -167,24 +207,81 @@ describe("paired answers", function()
   it("says that 45 v 38 of 79 is not established", function()
     local result = stats.compare { n = 79, right_wrong = 10, wrong_right = 3 }
     assert.is_false(result.established)
-    assert.equal(163, result.needed)
-    assert.equal("difference of -8.9 points not established at n=79 (exact McNemar p = 0.092); about 170 "
-      .. "questions would show a difference of this size", result.sentence)
+    assert.equal(174, result.needed)
+    assert.equal("difference of -8.9 points not established at n = 79 (exact McNemar p = 0.092); about 180 "
+      .. "questions would show a difference of this size at 80 % power", result.sentence)
   end)
 
   it("says so when it is, and when there is none", function()
     local result = stats.compare { n = 1000, right_wrong = 80, wrong_right = 30 }
     assert.is_true(result.established)
-    assert.equal("difference of -5.0 points established at n=1000 (exact McNemar p < 0.001)", result.sentence)
-    assert.equal("no difference at n=9: each model alone is right on 1 question",
+    assert.equal("difference of -5.0 points established at n = 1000 (exact McNemar p < 0.001)",
+      result.sentence)
+    assert.equal("no difference at n = 9: each model alone is right on 1 question",
       stats.compare({ n = 9, right_wrong = 1, wrong_right = 1 }).sentence)
-    assert.equal("difference of -5.0 points not established at n=1000 (adjusted p = 0.070)",
+    assert.equal("difference of -5.0 points not established at n = 1000 (adjusted p = 0.070)",
       stats.compare({ n = 1000, right_wrong = 80, wrong_right = 30 }, 0.07).sentence)
+  end)
+
+  it("are never foretold to be established by fewer than the test can ever call so", function()
+    assert.equal(6, stats.questions_needed(0, 1))
+    assert.is_true(stats.mcnemar(0, 6) < 0.05 and stats.mcnemar(0, 5) > 0.05)
+    assert.equal(6, stats.questions_needed_mean(-1, 0))
+    assert.is_true(stats.sign_flip { 1, 1, 1, 1, 1, 1 } < 0.05 and stats.sign_flip { 1, 1, 1, 1, 1 } > 0.05)
+    assert.is_nil(stats.questions_needed(0.1, 0.1))
+    assert.is_nil(stats.questions_needed_mean(0, 1))
+    assert.is_nil(stats.questions_needed_each(0.5, 0.5))
+  end)
+
+  it("of two runs with different questions", function()
+    local result = stats.compare_independent(45, 79, 83, 166)
+    assert.is_false(result.established)
+    assert.equal("difference of -7.0 points not established at n = 79 and 166 (different questions, [-19.8, "
+      .. "+6.4]); about 810 questions each would show a difference of this size at 80 % power",
+      result.sentence)
+    result = stats.compare_independent(100, 1000, 200, 1000)
+    assert.is_true(result.established)
+    assert.equal("difference of +10.0 points established at n = 1000 and 1000 (different questions, [+6.9, "
+      .. "+13.1])", result.sentence)
+    assert.equal("no difference at n = 2 and 4", stats.compare_independent(1, 2, 2, 4).sentence)
   end)
 
   it("recovery", function()
     near(0.8444444444444444, stats.recovery(0.45, 0.38))
     assert.is_nil(stats.recovery(0, 0))
+  end)
+end)
+
+describe("a metric against its noise floor", function()
+  it("is no difference where both are the same", function()
+    local test = stats.against_control({ 1, 0.5, 0.25 }, { 1, 0.5, 0.25 })
+    assert.same({ 3, 0.0, 0.0, 0.0, 1.0, 1.0, false }, { test.n, test.difference, test.low, test.high,
+      test.p, test.adjusted_p, test.established })
+    assert.is_nil(test.questions_needed)
+    assert.equal("no difference from the noise floor at n = 3", test.sentence)
+  end)
+
+  it("is not established by one question", function()
+    local test = stats.against_control({ 0.25 }, { 1 })
+    assert.same({ -0.75, 1.0, false, 6 }, { test.difference, test.p, test.established,
+      test.questions_needed })
+    assert.equal("difference of -0.75 from the noise floor not established at n = 1 (sign-flip p = 1.000); "
+      .. "about 6 questions would show a difference of this size at 80 % power", test.sentence)
+  end)
+
+  it("is the same for the same seed, and Holm's p decides in a table", function()
+    local values, control = {}, {}
+    for i = 1, 40 do values[i], control[i] = 0.9 + math.sin(i) / 3, 1 end
+    local one = stats.against_control(values, control, { seed = 4 })
+    assert.same(one, stats.against_control(values, control, { seed = 4 }))
+    assert.is_true(one.p < 0.05 and one.established)
+    local list = {}
+    for i = 1, 5 do list[i] = { name = "m" .. i, values = values, control = control } end
+    local tests = stats.against_controls(list, { seed = 4 })
+    near(5 * one.p, tests[5].adjusted_p)
+    assert.same({ "m5", 5 * one.p < 0.05 }, { tests[5].name, tests[5].established })
+    assert.truthy(tests[5].sentence:find("adjusted p", 1, true))
+    assert.same({}, stats.against_controls {})
   end)
 end)
 
@@ -242,8 +339,48 @@ describe("SciPy's and statsmodels' values", function()
   end)
 
   agree("questions_needed", function(case)
-    assert.equal(case.rounded,
+    assert.equal(case.n,
       stats.questions_needed(case.right_wrong, case.wrong_right, case.power, case.level))
+    assert.is_true(math.abs(case.reached - case.power) < 0.09) -- what the exact test makes of them
+  end)
+
+  agree("newcombe", function(case)
+    local low, high = stats.newcombe(case.a[1], case.a[2], case.b[1], case.b[2], case.confidence)
+    assert.is_true(math.abs(case.low - low) < 1e-11 and math.abs(case.high - high) < 1e-11)
+  end)
+
+  agree("ratio", function(case)
+    local ratio, low, high = stats.bootstrap_ratio(case.lists, { of = case.of })
+    near(case.ratio, ratio, 1e-12)
+    assert.is_true(math.abs(low - case.low) <= case.tolerance)
+    assert.is_true(math.abs(high - case.high) <= case.tolerance)
+  end)
+
+  agree("sign_flip", function(case)
+    local p, exact = stats.sign_flip(case.values)
+    assert.equal(case.exact, exact)
+    assert.is_true(math.abs(case.p - p) <= case.tolerance, ("p %.6f, is %.6f"):format(p, case.p))
+  end)
+
+  it("agree: against_controls", function()
+    assert(golden, "tests/golden/stats.json cannot be read")
+    local tests = stats.against_controls(golden.against_controls)
+    for i, case in ipairs(golden.against_controls) do
+      near(case.difference, tests[i].difference)
+      near(case.p, tests[i].p)
+      near(case.adjusted, tests[i].adjusted_p)
+      assert.equal(case.adjusted < 0.05, tests[i].established)
+      assert.is_true(math.abs(math.max(case.needed, 6) - tests[i].questions_needed) <= 1.5)
+    end
+  end)
+
+  agree("questions_needed_mean", function(case)
+    local n = stats.questions_needed_mean(case.difference, case.sd, case.power, case.level)
+    assert.is_true(math.abs(case.n - n) <= 1.5, ("%d, is %.2f"):format(n, case.n))
+  end)
+
+  agree("questions_needed_each", function(case)
+    assert.equal(math.ceil(case.n), stats.questions_needed_each(case.a, case.b, case.power, case.level))
   end)
 
   it("agree: normal", function()
