@@ -257,6 +257,20 @@ end
 ---@field set string?
 ---@field pair qlua.section_metric[]     full v quantized, with the value of every scored question
 ---@field control qlua.section_metric[]  full v full; empty where there was none
+---@field tests qlua.control_test[]      the pair against the control, by question; Holm over all of them
+
+--- What tells each metric of the pair from its noise floor.
+local function against_noise(pair, control, seed)
+  local floor, list = {}, {}
+  for _, row in ipairs(control) do floor[row.name] = row.values end
+  for _, row in ipairs(pair) do
+    local values, same = row.values, floor[row.name]
+    if values and same and #values == #same and #values > 0 then
+      list[#list + 1] = { name = row.name, values = values, control = same }
+    end
+  end
+  return json.array(stats.against_controls(list, { seed = seed }))
+end
 
 --- Metrics of qlua.metrics.summary, and the control beside them.
 ---@param run qlua.experiment
@@ -266,7 +280,8 @@ end
 function document.metrics(run, r)
   return { kind = "metrics", task = r.task, data = data_of(run.items), questions = r.questions,
     scored = #r.rows, too_long = r.too_long, context = run.context, set = r.set,
-    pair = metric_rows(r.pair, true), control = metric_rows(r.control, true) }
+    pair = metric_rows(r.pair, true), control = metric_rows(r.control, true),
+    tests = against_noise(r.pair, r.control or {}, run.opts.seed) }
 end
 
 ---@class qlua.section_seconds

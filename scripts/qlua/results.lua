@@ -99,6 +99,20 @@ local function share_text(share)
   return tables.interval(share.accuracy, share.wilson[1], share.wilson[2])
 end
 
+--- Which metrics differ from what the full model differs from itself.
+local function noise_lines(tests)
+  local beyond, within = {}, {}
+  for _, test in ipairs(tests) do
+    local list = test.established and beyond or within
+    list[#list + 1] = test.name
+  end
+  local function line(text, names)
+    if #names > 0 then say(("%s: %s\n"):format(text, table.concat(names, ", "))) end
+  end
+  line("beyond that noise (sign-flip tests, Holm's adjusted p < 0.05)", beyond)
+  line("not established to be beyond it", within)
+end
+
 --- The rows of qlua.metrics.summary, with the full-v-full control beside them.
 ---@param run qlua.experiment
 ---@param r { task: string, questions: integer, too_long: integer, pair: table[], control: table[], rows:
@@ -124,6 +138,7 @@ function results.metrics(run, r)
   show(run, t)
   say(("\n%s v %s%s\n"):format(run.labels[1], run.labels[2],
     controlled and "; full v full is the same model in another batch size: what it shows is noise" or ""))
+  noise_lines(section.tests)
   record(run, section, rows)
 end
 

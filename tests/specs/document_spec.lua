@@ -111,6 +111,26 @@ describe("document.mmlu", function()
   end)
 end)
 
+describe("document.metrics", function()
+  it("tests every metric against its noise floor, where there is one", function()
+    local function row(name, values) return { name = name, n = #values, values = values } end
+    local moved, still = {}, {}
+    for i = 1, 12 do moved[i], still[i] = i / 100, 0.0 end
+    local section = document.metrics(run_with { seed = 1 }, { task = "t", questions = 12, too_long = 0,
+      rows = filled(12, {}), pair = { row("kl", moved), row("rank", still), row("alone", moved),
+        { name = "one number", value = 3 } },
+      control = { row("kl", still), row("rank", still), row("silent", {}), { name = "one number" } } })
+    assert.equal(2, #section.tests)
+    local kl, rank = section.tests[1], section.tests[2]
+    assert.equal("kl", kl.name)
+    assert.is_true(math.abs(kl.difference - 0.065) < 1e-12)
+    assert.equal(2 / 2 ^ 12, kl.p) -- all twelve moved one way, or all the other
+    assert.equal(2 * kl.p, kl.adjusted_p)
+    assert.is_true(kl.established)
+    assert.is_false(rank.established)
+  end)
+end)
+
 describe("a section", function()
   it("comes back from JSON as it was, to the last digit", function()
     local run = run_with { seed = 1, runs = 2, max_length = 512, protocol = "sound" }
