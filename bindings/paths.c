@@ -72,7 +72,7 @@ void qlua_paths_extend(const qlua_paths *paths, lua_State *L, const char *script
 
 const char *qlua_paths_command(const qlua_paths *paths, lua_State *L, const char *name)
 {
-    static const char *const commands[] = {"doctor"};
+    static const char *const commands[] = {"compare", "doctor", "report"};
     bool known = false;
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) known |= strcmp(name, commands[i]) == 0;
     if (!known || !paths->share[0] || access(name, F_OK) == 0) return NULL;

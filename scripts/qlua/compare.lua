@@ -1,0 +1,420 @@
+--- Two runs against each other: what differs in how they were made, then every figure that both have.
+---
+--- Answers to the same questions are paired by the question's text, where both runs' rows are at hand; then
+--- flips, exact McNemar tests and Holm's correction over all of them are as within a run. Elsewhere an
+--- interval takes the two runs for independent, which for the same questions is wider than it had to be.
+
+local _ENV <const> = require "qlua.strict"
+
+local document = require "qlua.document"
+local failure = require "qlua.failure"
+local json = require "qlua.json"
+local stats = require "qlua.stats"
+
+local compare = {}
+
+---@class qlua.compared_fact   something that is not the same in both runs
+---@field name string
+---@field a any                JSON value; nil: unknown
+---@field b any
+---@field spoils string?       what cannot be compared fairly because of it: "speeds", "accuracies", ...
+
+---@class qlua.compared_figure
+---@field task string?
+---@field of string            what it is a figure of: a model's label, or two labels
+---@field name string          "accuracy", "median seconds"
+---@field a number
+---@field b number
+---@field change "difference"|"ratio"  b - a or b / a
+---@field value number         of that
+---@field low number?          95 % interval of value
+---@field high number?
+---@field method string?       how the interval was made
+---@field comparison qlua.section_comparison?  of answers that were paired
+
+---@class qlua.compared_section
+---@field kind string
+---@field figures qlua.compared_figure[]
+
+---@class qlua.compared
+---@field a { name: string, script: string, started: number, labels: string[] }
+---@field b { name: string, script: string, started: number, labels: string[] }
+---@field facts qlua.compared_fact[]
+---@field warnings string[]
+---@field sections qlua.compared_section[]
+
+local function at(value, ...)
+  for _, key in ipairs { ... } do
+    if type(value) ~= "table" then return nil end
+    value = value[key]
+  end
+  if value == json.null then return nil end
+  return value
+end
+
+--- What is looked at in the facts of both: name, path, what a difference spoils.
+local FACTS <const> = {
+  { "script", { "name" } },
+  { "qlua", { "facts", "qlua_version" } },
+  { "model", { "options", "model" } },
+  { "model's weights (SHA-256)", { "facts", "model_sha256" } },
+  { "full model's type", { "facts", "full", "dtype" } },
+  { "quantized checkpoint", { "options", "quantized" } },
+  { "quantization", { "facts", "quantized", "quant", "label" } },
+  { "quantization block", { "facts", "quantized", "quant", "block" } },
+  { "double quantization", { "facts", "quantized", "quant", "double" } },
+  { "quantized model's bytes", { "facts", "quantized", "bytes" } },
+  { "device", { "facts", "device", "name" }, "speeds and memory" },
+  { "hardware", { "facts", "device", "hardware" }, "speeds" },
+  { "instruction set", { "facts", "device", "isa" }, "speeds" },
+  { "driver", { "facts", "device", "driver" }, "speeds" },
+  { "threads", { "facts", "device", "threads" }, "speeds" },
+  { "numerics", { "facts", "numerics" }, "speeds" },
+  { "kernels", { "facts", "kernels" } },
+  { "seed", { "facts", "seed" }, "what is drawn at random" },
+  { "status", { "status" } },
+}
+
+-- Options that are facts already, or only say where results go.
+local NOT_COMPARED <const> = {}
+for _, name in ipairs { "model", "quantized", "quant", "double_quant", "block_size", "dtype", "device",
+  "threads", "numerics", "seed", "tasks", "text", "output_path", "output_format", "log_samples", "fresh",
+  "no_output", "dry_run" } do
+  NOT_COMPARED[name] = true
+end
+
+local SPOILS <const> = { num_fewshot = "accuracies", apply_chat_template = "accuracies",
+  protocol = "accuracies", mode = "accuracies", max_gen_toks = "accuracies", temperature = "accuracies",
+  max_context = "the questions that fit", limit = "the questions asked", batch_size = "speeds",
+  batch_sizes = "speeds", max_length = "the questions that fit", position = "metrics",
+  context = "perplexities", logits = "speeds" }
+
+local function same(x, y) return x == y or json.encode(x) == json.encode(y) end
+
+local function add_fact(facts, name, x, y, spoils)
+  if (x == nil and y == nil) or same(x, y) then return end
+  facts[#facts + 1] = { name = name, a = x, b = y, spoils = spoils }
+end
+
+--- The questions of a document's sections: file and digest by kind.
+local function data_of(doc)
+  local list = json.array()
+  for _, section in ipairs(doc.sections) do
+    for _, part in ipairs(section.outcomes or { section }) do
+      local digest = at(part, "data", "sha256") or at(part, "sha256") or at(part, "data", "path")
+      if digest then list[#list + 1] = digest end
+    end
+  end
+  return list
+end
+
+--- Every fact that is not the same in both documents.
+---@param a qlua.run_document
+---@param b qlua.run_document
+---@return qlua.compared_fact[]
+function compare.facts(a, b)
+  local facts = json.array()
+  for _, fact in ipairs(FACTS) do
+    add_fact(facts, fact[1], at(a, table.unpack(fact[2])), at(b, table.unpack(fact[2])), fact[3])
+  end
+  add_fact(facts, "questions (SHA-256)", data_of(a), data_of(b), "every figure of them")
+  local names = {}
+  for _, doc in ipairs { a, b } do
+    for name in pairs(doc.options or {}) do names[name] = true end
+  end
+  local sorted = {}
+  for name in pairs(names) do if not NOT_COMPARED[name] then sorted[#sorted + 1] = name end end
+  table.sort(sorted)
+  for _, name in ipairs(sorted) do
+    add_fact(facts, "--" .. name, at(a, "options", name), at(b, "options", name), SPOILS[name])
+  end
+  return facts
+end
+
+local function warnings_of(found, facts)
+  local list = json.array()
+  for _, fact in ipairs(facts) do
+    if fact.spoils then
+      list[#list + 1] = ("different %s: that alone can change %s"):format(fact.name, fact.spoils)
+    end
+  end
+  for _, one in ipairs(found) do
+    if one.document.status and one.document.status ~= "finished" then
+      list[#list + 1] = ("%s was %s: its figures are of a part of the questions"):format(one.name,
+        one.document.status)
+    end
+    for _, check in ipairs(at(one.document, "fairness", "checks") or {}) do
+      if check.ok == false then
+        list[#list + 1] = ("%s, %s: %s"):format(one.name, check.name, check.reason or check.text)
+      end
+    end
+  end
+  return list
+end
+
+--- Adds a figure that both have.
+local function add(figures, figure)
+  local a, b = figure.a, figure.b
+  if not (a and b) then return end
+  figure.change = figure.change or "difference"
+  if figure.value == nil then
+    if figure.change == "ratio" and a == 0 then return end
+    figure.value = figure.change == "ratio" and b / a or b - a
+  end
+  figures[#figures + 1] = figure
+end
+
+--- b - a of two values with standard errors, taken for independent.
+local function add_with_errors(figures, figure, error_a, error_b)
+  if figure.a and figure.b and error_a and error_b then
+    local half = stats.normal_quantile(0.975) * math.sqrt(error_a ^ 2 + error_b ^ 2)
+    figure.low, figure.high = figure.b - figure.a - half, figure.b - figure.a + half
+    figure.method = "normal, the runs taken as independent"
+  end
+  add(figures, figure)
+end
+
+--- Rows by what was asked; a question that stands in a file twice is told apart by a count.
+local function by_question(rows, text_of)
+  local map, seen = {}, {}
+  for _, row in ipairs(rows) do
+    local text = text_of(row)
+    seen[text] = (seen[text] or 0) + 1
+    map[("%d %s"):format(seen[text], text)] = row
+  end
+  return map
+end
+
+--- Rows of both runs that are about the same question, in the order of the first run.
+local function pairs_of(rows_a, rows_b, text_of)
+  local others, list, seen = by_question(rows_b, text_of), {}, {}
+  for _, row in ipairs(rows_a) do
+    local text = text_of(row)
+    seen[text] = (seen[text] or 0) + 1
+    local other = others[("%d %s"):format(seen[text], text)]
+    if other then list[#list + 1] = { row, other } end
+  end
+  return list
+end
+
+local function question_and_choices(row)
+  return json.encode { row.doc.question, row.doc.choices, row.doc.answer }
+end
+
+--- One model's answers of both runs to the questions that both asked; nil where there are none.
+local function paired_answers(pairs_list, m, seed)
+  local a, b, gold = {}, {}, {}
+  for i, pair in ipairs(pairs_list) do
+    gold[i] = pair[1].doc.answer
+    a[i], b[i] = pair[1].models[m].answer or false, pair[2].models[m].answer or false
+  end
+  return document.paired(a, b, gold, seed)
+end
+
+local function label_of(x, y) return x == y and x or ("%s, %s"):format(x, y) end
+
+local SPEEDS <const> = { { "words_per_minute", "words/min" },
+  { "prefill_tokens_per_second", "prefill tok/s" }, { "decode_tokens_per_second", "decode tok/s" } }
+
+local function accuracy(figures, x, y, answers, seed, m)
+  local a, b = x.models[m], y.models[m]
+  if a.n == 0 or b.n == 0 then return end
+  local figure = { task = x.task, of = label_of(a.label, b.label), name = "accuracy", a = a.accuracy,
+    b = b.accuracy }
+  local comparison = answers and paired_answers(answers, m, seed)
+  if comparison then
+    local n = comparison.flips.n
+    figure.a, figure.b = comparison.flips.right_a / n, comparison.flips.right_b / n
+    figure.value, figure.comparison = comparison.difference, comparison
+    figure.low, figure.high = comparison.difference_95[1], comparison.difference_95[2]
+    figure.method = ("paired bootstrap of the %d questions that both have"):format(n)
+  else
+    figure.low, figure.high = stats.newcombe(a.correct, a.n, b.correct, b.n)
+    figure.method = "Newcombe, the runs taken as independent"
+  end
+  add(figures, figure)
+  for _, speed in ipairs(SPEEDS) do
+    add(figures, { task = x.task, of = figure.of, name = speed[2], a = a[speed[1]], b = b[speed[1]],
+      change = "ratio" })
+  end
+end
+
+local function named(list)
+  local map = {}
+  for _, row in ipairs(list or {}) do map[row.name] = row end
+  return map
+end
+
+--- Means of metrics, with the standard errors that they have.
+local function metrics_figures(figures, rows_a, rows_b, task, of)
+  local others = named(rows_b)
+  for _, row in ipairs(rows_a or {}) do
+    local other = others[row.name]
+    if other then
+      add_with_errors(figures, { task = task, of = of, name = row.name, a = row.value, b = other.value },
+        row.stderr, other.stderr)
+    end
+  end
+end
+
+local by_kind = {}
+
+--- `rows(side, set)` gives a run's rows; side 1 or 2.
+function by_kind.mmlu(x, y, context)
+  local figures, others, comparisons = json.array(), {}, {}
+  for _, o in ipairs(y.outcomes) do others[o.task] = o end
+  for _, o in ipairs(x.outcomes) do
+    local other = others[o.task]
+    if other then
+      local rows_a, rows_b = context.rows(1, o.set), context.rows(2, other.set)
+      local answers = rows_a and rows_b and pairs_of(rows_a, rows_b, question_and_choices)
+      for m = 1, 2 do accuracy(figures, o, other, answers, context.seed, m) end
+      metrics_figures(figures, o.metrics, other.metrics, o.task, context.pair)
+    end
+  end
+  for _, figure in ipairs(figures) do comparisons[#comparisons + 1] = figure.comparison end
+  document.holm(comparisons)
+  return figures
+end
+
+local function metric_pairs(context, x, y)
+  local rows_a, rows_b = context.rows(1, x.set), context.rows(2, y.set)
+  return rows_a and rows_b and pairs_of(rows_a, rows_b, function(row) return row.question end)
+end
+
+function by_kind.metrics(x, y, context)
+  local figures, others, matched = json.array(), named(y.pair), metric_pairs(context, x, y)
+  for _, row in ipairs(x.pair) do
+    local other, a, b = others[row.name], {}, {}
+    for _, pair in ipairs(other and matched or {}) do
+      local one, two = pair[1].values[row.name], pair[2].values[row.name]
+      if one and two then a[#a + 1], b[#b + 1] = one, two end
+    end
+    if #a > 0 then
+      local low, high = stats.bootstrap_difference(a, b, { seed = context.seed })
+      add(figures, { task = x.task, of = context.pair, name = row.name, a = stats.mean(a), b = stats.mean(b),
+        low = low, high = high, method = ("paired bootstrap of the %d questions that both have"):format(#a) })
+    elseif other then
+      metrics_figures(figures, { row }, { other }, x.task, context.pair)
+    end
+  end
+  return figures
+end
+
+--- The ratio of two medians of seconds: passes are paired where both runs have as many, which are of the same
+--- batches when data and seed are the same.
+local function median_ratio(a, b, seed)
+  if a.n ~= b.n or a.n < 2 then return nil end
+  local _, low, high = stats.bootstrap_ratio({ b.samples, a.samples }, { of = "median", seed = seed })
+  return low, high
+end
+
+function by_kind.sweep(x, y, context)
+  local figures, others = json.array(), {}
+  for _, p in ipairs(y.points) do others[("%d %d"):format(p.batch, p.model)] = p end
+  for _, p in ipairs(x.points) do
+    local other = others[("%d %d"):format(p.batch, p.model)]
+    local of = other and label_of(p.label, other.label)
+    if other and p.seconds and other.seconds then
+      local low, high = median_ratio(p.seconds, other.seconds, context.seed)
+      add(figures, { task = "batch " .. p.batch, of = of, name = "median seconds", a = p.seconds.median,
+        b = other.seconds.median, change = "ratio", low = low, high = high,
+        method = low and ("bootstrap of %d passes"):format(p.seconds.n) })
+      add(figures, { task = "batch " .. p.batch, of = of, name = "peak bytes", a = p.peak.resident,
+        b = other.peak.resident, change = "ratio" })
+    end
+  end
+  return figures
+end
+
+function by_kind.perplexity(x, y, context)
+  local figures, a, b = json.array(), x.summary, y.summary
+  for m, name in ipairs { "reference", "test" } do
+    local of = label_of(context.labels[1][m], context.labels[2][m])
+    local figure = { of = of, name = "perplexity", a = a[name].value, b = b[name].value, change = "ratio" }
+    -- d ln PPL = dPPL / PPL
+    local half = stats.normal_quantile(0.975)
+      * math.sqrt((a[name].stderr / a[name].value) ^ 2 + (b[name].stderr / b[name].value) ^ 2)
+    local log_ratio = math.log(figure.b / figure.a)
+    figure.low, figure.high = math.exp(log_ratio - half), math.exp(log_ratio + half)
+    figure.method = "normal, the runs taken as independent"
+    add(figures, figure)
+  end
+  for _, name in ipairs { "log_ratio", "kl", "delta_p", "same_top" } do
+    add_with_errors(figures, { of = context.pair, name = name, a = a[name].value, b = b[name].value },
+      a[name].stderr, b[name].stderr)
+  end
+  return figures
+end
+
+function by_kind.variants(x, y)
+  local figures, others = json.array(), {}
+  for _, row in ipairs(y.rows) do others[row.label] = row end
+  for _, row in ipairs(x.rows) do
+    local other = others[row.label]
+    if other then
+      add(figures, { of = row.label, name = "bytes", a = row.bytes, b = other.bytes, change = "ratio" })
+      for _, key in ipairs { "kl", "agreement" } do
+        metrics_figures(figures, { row[key] }, { other[key] }, nil, row.label)
+      end
+      local p, q = row.accuracy, other.accuracy
+      if p.n > 0 and q.n > 0 then
+        local low, high = stats.newcombe(p.correct, p.n, q.correct, q.n)
+        add(figures, { of = row.label, name = "accuracy", a = p.accuracy, b = q.accuracy, low = low,
+          high = high, method = "Newcombe, the runs taken as independent" })
+      end
+    end
+  end
+  return figures
+end
+
+--- The section of `b` that answers to one of `a`: of its kind and task, else the only one of its kind.
+local function counterpart(section, list)
+  local only, count
+  for _, other in ipairs(list) do
+    if other.kind == section.kind then
+      if other.task == section.task and other.text == section.text then return other end
+      only, count = other, (count or 0) + 1
+    end
+  end
+  return count == 1 and only or nil
+end
+
+local function described(found)
+  local doc = found.document
+  return { name = found.name, script = doc.name, started = doc.started, labels = doc.labels }
+end
+
+--- Compares two runs.
+---@param a qlua.found_run
+---@param b qlua.found_run
+---@return qlua.compared?, qlua.failure?
+function compare.runs(a, b)
+  local sides, first, second = { a, b }, a.document, b.document
+  local result = { a = described(a), b = described(b), facts = compare.facts(first, second),
+    sections = json.array() }
+  result.warnings = warnings_of(sides, result.facts)
+  local unread
+  local context = { labels = { first.labels, second.labels }, seed = math.tointeger(first.facts.seed) or 1,
+    pair = label_of(table.concat(first.labels, " v "), table.concat(second.labels, " v ")),
+    rows = function(side, set)
+      local rows, err = sides[side]:rows(set)
+      unread = unread or err
+      return rows
+    end }
+  for _, section in ipairs(first.sections) do
+    local other = by_kind[section.kind] and counterpart(section, second.sections)
+    local figures = other and by_kind[section.kind](section, other, context)
+    if figures and #figures > 0 then
+      result.sections[#result.sections + 1] = { kind = section.kind, figures = figures }
+    end
+  end
+  if unread then return nil, unread end
+  if #result.sections == 0 then
+    return nil, failure("argument", ("%s (%s) and %s (%s) have no figure in common"):format(a.name,
+      first.name, b.name, second.name), "two runs of one script on the same tasks have")
+  end
+  return result
+end
+
+return compare
