@@ -46,6 +46,25 @@ describe("files.write", function()
   end)
 end)
 
+describe("a file that does not fit", function()
+  it("leaves what was there before, and no part of itself", function()
+    local folder = support.folder()
+    local script = support.write(folder .. "/write.lua", [[
+      print(require("qlua.files").write(arg[1], ("x"):rep(100000)))]])
+    local path = support.write(folder .. "/kept.json", "as before")
+    -- the limit on a file's size stands for a disk that is full: write(2) fails in the middle of the text
+    local pipe <close> = assert(io.popen(("trap '' XFSZ; ulimit -f 8; '%s' '%s' '%s' 2>&1"):format(
+      support.QLUA, script, path)))
+    local said = pipe:read "a"
+    assert.truthy(said:find("^nil%s"), said)
+    for _, words in ipairs { path .. ": cannot write (", "100000 bytes", "what was there before" } do
+      assert.truthy(said:find(words, 1, true), said)
+    end
+    assert.equal("as before", support.read(path))
+    assert.same({ "kept.json", "write.lua" }, names_in(folder))
+  end)
+end)
+
 --- Two models that answered the golden quiz as lm-eval's did; the second is wrong where the first was right.
 local function quiz()
   local golden = support.json(GOLDEN .. "farm_life.json")
