@@ -288,7 +288,8 @@ function by_kind.metrics(x, y, context)
     local other, a, b = others[row.name], {}, {}
     for _, pair in ipairs(other and matched or {}) do
       local one, two = pair[1].values[row.name], pair[2].values[row.name]
-      if one and two then a[#a + 1], b[#b + 1] = one, two end
+      -- a metric may have several values a question, or none
+      if type(one) == "number" and type(two) == "number" then a[#a + 1], b[#b + 1] = one, two end
     end
     if #a > 0 then
       local low, high = stats.bootstrap_difference(a, b, { seed = context.seed })

@@ -148,6 +148,14 @@ describe("qlua compare", function()
     assert.truthy(out:find("\r\nmmlu,mmlu_s,nf4,accuracy,1.0,0.7777777777777778,difference,", 1, true), out)
   end)
 
+  it("explains itself", function()
+    local out, code = qlua("compare", "--help")
+    assert.equal(0, code)
+    for _, words in ipairs { "qlua compare", "FOLDER:NUMBER", "--output_path", "text, json, csv, md" } do
+      assert.truthy(out:find(words, 1, true), out)
+    end
+  end)
+
   it("without runs lists them, newest first", function()
     local folder = support.folder()
     mmlu(folder, 1, 3, all_right)
