@@ -1,4 +1,5 @@
 #include "checkpoint.h"
+#include "backend.h"
 #include "file.h"
 #include "interrupt.h"
 #include "json.h"
@@ -17,6 +18,7 @@
 #define STATE_LIMIT 4096               /* bytes of a quant_state; bitsandbytes writes under 200 */
 #define STATE_SUFFIX ".quant_state.bitsandbytes__"
 #define HASH_CHUNK ((size_t)1 << 20)
+#define PIECE ((size_t)8 << 20) /* bytes of a tensor that are read at a time */
 
 struct ql_checkpoint {
     char *path;
@@ -359,6 +361,25 @@ ql_status ql_checkpoint_read(const ql_checkpoint *ck, const ql_st_tensor *tensor
     return ql_st_read(ck->shards[shard_of(ck, tensor)], tensor, offset, bytes, dst, err);
 }
 
+/* The CPU's memory is read into directly; others get copies on the way. */
+ql_status ql_checkpoint_fill(const ql_checkpoint *ck, const ql_st_tensor *from, ql_tensor *to, ql_err *err)
+{
+    size_t total = ql_tensor_bytes(to);
+    ql_device *dev = ql_tensor_device(to);
+    bool direct = dev->backend == &ql_backend_cpu;
+    char *copy = direct ? NULL : ql_malloc(total < PIECE ? total : PIECE);
+    ql_status status = direct || copy ? QL_OK : no_memory(ck->path, err);
+    for (size_t at = 0; at < total && !status; at += PIECE) {
+        size_t n = total - at < PIECE ? total - at : PIECE;
+        char *there = (char *)to->data + at;
+        status = ql_interrupt_check(err);
+        if (!status) status = ql_checkpoint_read(ck, from, at, n, direct ? there : copy, err);
+        if (!status && !direct) status = dev->backend->upload(dev->ctx, there, copy, n, err);
+    }
+    ql_free(copy);
+    return status;
+}
+
 /* The quant_state tensor of weight name[0 .. size), for one type. */
 static const ql_st_tensor *find_state(const ql_checkpoint *ck, const char *name, size_t size,
                                       const char *type)
@@ -468,8 +489,8 @@ static ql_status hash_file(const ql_st *st, char *chunk, char hex[QL_SHA256_HEX]
     uint64_t size = ql_st_file_bytes(st);
     for (uint64_t at = 0; at < size && !status;) {
         size_t n = size - at < HASH_CHUNK ? (size_t)(size - at) : HASH_CHUNK;
-        status = ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted")
-                                  : ql_st_read_file(st, at, n, chunk, err);
+        status = ql_interrupt_check(err);
+        if (!status) status = ql_st_read_file(st, at, n, chunk, err);
         if (!status) status = ql_sha256_update(&sha, chunk, n, err);
         at += n;
     }

@@ -10,6 +10,7 @@
 #include "quant_state.h"
 #include "safetensors.h"
 #include "sha256.h"
+#include "tensor.h"
 
 typedef struct ql_checkpoint ql_checkpoint;
 
@@ -35,6 +36,10 @@ const char *ql_checkpoint_file(const ql_checkpoint *ck, const ql_st_tensor *tens
 /* Copy `bytes` of a tensor of this checkpoint from byte `offset` within it. */
 ql_status ql_checkpoint_read(const ql_checkpoint *ck, const ql_st_tensor *tensor, uint64_t offset,
                              size_t bytes, void *dst /* [OUT] */, ql_err *err);
+
+/* Fill `to`, on any device, with the bytes of a tensor that has at least as many, in pieces between which the
+ * user may stop the work. */
+ql_status ql_checkpoint_fill(const ql_checkpoint *ck, const ql_st_tensor *from, ql_tensor *to, ql_err *err);
 
 /* True when `name` ("...weight") is stored in 4 bits: its quant_state tensor is there. */
 bool ql_checkpoint_is_quantized(const ql_checkpoint *ck, const char *name);

@@ -9,6 +9,11 @@ bool ql_interrupted(void)
     return atomic_load_explicit(&flag, memory_order_relaxed);
 }
 
+ql_status ql_interrupt_check(ql_err *err)
+{
+    return ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted") : QL_OK;
+}
+
 void ql_interrupt_set(void)
 {
     atomic_store_explicit(&flag, true, memory_order_relaxed);

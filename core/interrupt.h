@@ -6,9 +6,12 @@
 #ifndef QL_INTERRUPT_H
 #define QL_INTERRUPT_H
 
+#include "err.h"
+
 #include <stdbool.h>
 
 bool ql_interrupted(void);
+ql_status ql_interrupt_check(ql_err *err); /* QL_ERR_INTERRUPTED when the user wishes to stop */
 void ql_interrupt_set(void);
 void ql_interrupt_clear(void);
 

@@ -346,8 +346,8 @@ static ql_status run_steps(ql_llama *m, const ql_kvcache *cache, const piece *p,
     if (status != QL_OK) goto fail;
     status = traced(trace, err, &m->work.x, "embed");
     for (int64_t i = 0; i < m->weights.layers && status == QL_OK; i++) {
-        status = ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted")
-                                  : run_layer(m, i, cache, &c, trace, err);
+        status = ql_interrupt_check(err);
+        if (status == QL_OK) status = run_layer(m, i, cache, &c, trace, err);
     }
     if (status == QL_OK) status = run_head(m, p->out_token, p->outputs, trace, logits, err);
 fail:
@@ -360,7 +360,7 @@ fail:
 static ql_status run_pass(ql_llama *m, const ql_kvcache *cache, const piece *p, ql_tensor *logits,
                           ql_err *err)
 {
-    if (ql_interrupted()) return ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted");
+    QL_TRY(ql_interrupt_check(err));
     ql_pass pass = pass_of(m, cache->view);
     pass.tokens = p->tokens;
     pass.outputs = p->outputs;

@@ -361,20 +361,6 @@ static ql_status read_floats(const ql_checkpoint *ck, const ql_st_tensor *tensor
     return status;
 }
 
-/* Device memory of the CPU is read into directly; others get a copy on the way. */
-static ql_status read_tensor(const ql_checkpoint *ck, const ql_st_tensor *from, ql_tensor *to, ql_err *err)
-{
-    size_t bytes = ql_tensor_bytes(to);
-    if (ql_tensor_device(to)->backend == &ql_backend_cpu)
-        return ql_checkpoint_read(ck, from, 0, bytes, to->data, err);
-    void *copy = ql_malloc(bytes);
-    if (!copy) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for a copy of '%s'", from->name);
-    ql_status status = ql_checkpoint_read(ck, from, 0, bytes, copy, err);
-    if (status == QL_OK) status = ql_tensor_upload(to, copy, bytes, err);
-    ql_free(copy);
-    return status;
-}
-
 static ql_status read_scales(const ql_checkpoint *ck, const ql_quant_tensor *qt, ql_quant *q, float *absmax,
                              ql_err *err)
 {
@@ -428,7 +414,7 @@ ql_status ql_quant_load(const ql_checkpoint *ck, const char *name, ql_device *de
         status = alloc_absmax(dev, arena, q, out, err);
         if (status == QL_OK) status = ql_tensor_upload(&out->absmax, absmax, q->blocks * sizeof *absmax, err);
     }
-    if (status == QL_OK) status = read_tensor(ck, qt.weight, &out->data, err);
+    if (status == QL_OK) status = ql_checkpoint_fill(ck, qt.weight, &out->data, err);
     if (status == QL_OK) status = pack(out, arena, err);
     if (status != QL_OK) goto fail;
     ql_quant_charge(q, arena);

@@ -8,9 +8,6 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Bytes that pass through the host at a time while a tensor is read. */
-#define STAGE_BYTES ((size_t)8 << 20)
-
 static const char *const linear_names[QL_LINEARS] = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
@@ -42,31 +39,11 @@ typedef struct {
     ql_device *dev;
     ql_arena *arena;
     const ql_checkpoint *ck; /* NULL: random */
-    void *stage;             /* [STAGE_BYTES]; random: NULL */
     uint64_t seed, drawn;
     ql_dtype dtype;         /* of dense matrices; QL_DTYPE_COUNT: as stored */
     ql_quant_policy policy; /* may be NULL */
     void *ud;
 } source;
-
-/* Between two pieces the user may stop the work. */
-static ql_status poll(ql_err *err)
-{
-    return ql_interrupted() ? ql_err_set(err, QL_ERR_INTERRUPTED, "interrupted") : QL_OK;
-}
-
-static ql_status stream_in(const source *s, const ql_st_tensor *src, ql_tensor *dst, ql_err *err)
-{
-    size_t total = ql_tensor_bytes(dst);
-    const ql_backend *be = s->dev->backend;
-    for (size_t at = 0; at < total; at += STAGE_BYTES) {
-        QL_TRY(poll(err));
-        size_t n = total - at < STAGE_BYTES ? total - at : STAGE_BYTES;
-        QL_TRY(ql_checkpoint_read(s->ck, src, at, n, s->stage, err));
-        QL_TRY(be->upload(s->dev->ctx, (char *)dst->data + at, s->stage, n, err));
-    }
-    return QL_OK;
-}
 
 /* A float tensor of the checkpoint with the shape given, converted to `dtype` (QL_DTYPE_COUNT: as stored). */
 static ql_status load_tensor(const source *s, const char *name, int ndim, const int64_t *shape,
@@ -93,7 +70,7 @@ static ql_status load_tensor(const source *s, const char *name, int ndim, const 
     if (dtype == QL_DTYPE_COUNT) dtype = src->dtype;
     ql_tensor raw = {0};
     QL_TRY(ql_tensor_new(s->dev, s->arena, QL_MEM_WEIGHTS, src->dtype, ndim, shape, &raw, err));
-    ql_status status = stream_in(s, src, &raw, err);
+    ql_status status = ql_checkpoint_fill(s->ck, src, &raw, err);
     if (status == QL_OK && dtype != src->dtype) {
         ql_tensor converted = {0};
         status = ql_tensor_new(s->dev, s->arena, QL_MEM_WEIGHTS, dtype, ndim, shape, &converted, err);
@@ -222,7 +199,7 @@ ql_status ql_weights_ask(ql_quant_policy policy, void *ud, const char *name, int
 static ql_status apply_policy(const ql_matrix *m, const char *name, ql_arena *arena, ql_quant_policy policy,
                               void *ud, ql_matrix *out, ql_err *err)
 {
-    QL_TRY(poll(err));
+    QL_TRY(ql_interrupt_check(err));
     bool wanted;
     ql_quant_spec spec;
     QL_TRY(ql_weights_ask(policy, ud, name, m->n, m->k, m->quant, &spec, &wanted, err));
@@ -293,11 +270,8 @@ ql_status ql_weights_load(ql_device *dev, ql_arena *arena, const ql_checkpoint *
 {
     QL_TRY(weights_new(config->layers, out, err));
     source s = {.dev = dev, .arena = arena, .ck = ck, .dtype = dtype, .policy = policy, .ud = ud};
-    s.stage = ql_malloc(STAGE_BYTES);
-    ql_status status =
-        s.stage ? check_names(ck, config, err) : ql_err_set(err, QL_ERR_MEMORY, "out of memory");
+    ql_status status = check_names(ck, config, err);
     if (status == QL_OK) status = make_all(&s, config, out, err);
-    ql_free(s.stage);
     if (status != QL_OK) ql_weights_free(out);
     return status;
 }
