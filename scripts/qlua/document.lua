@@ -97,6 +97,7 @@ end
 ---@field decode_tokens integer?                  generation, as the next three
 ---@field words integer?
 ---@field words_per_minute number?
+---@field words_per_minute_95 number[]?           {low, high}, bootstrap of the questions
 ---@field decode_tokens_per_second number?
 ---@field prefill_tokens_per_second number?
 ---@field kernels string[]
@@ -105,7 +106,26 @@ local function rate(amount, seconds, unit)
   return amount and seconds and seconds > 0 and unit * amount / seconds or nil
 end
 
-local function model_of(evaluation, label, generates)
+--- Words and seconds of every answer; nil where a batch's time is not known by question.
+local function words_and_seconds(evaluation)
+  local words, seconds = {}, {}
+  for i, r in ipairs(evaluation.results) do
+    if not (r.words and r.seconds) then return nil end
+    words[i], seconds[i] = r.words, r.seconds
+  end
+  if #words > 0 then return words, seconds end
+end
+
+--- Words per minute of the second model / those of the first, with their interval.
+local function words_ratio(first, second, seed)
+  local words_a, seconds_a = words_and_seconds(first)
+  local words_b, seconds_b = words_and_seconds(second)
+  if not (words_a and words_b) then return nil end
+  local ratio, low, high = stats.bootstrap_ratio({ words_b, seconds_b, words_a, seconds_a }, { seed = seed })
+  return ratio and { value = ratio, low = low, high = high }
+end
+
+local function model_of(evaluation, label, generates, seed)
   local counts, values, cut = evaluate.accuracy(evaluation), {}, 0
   for i, r in ipairs(evaluation.results) do
     values[i] = r.correct and 1 or 0
@@ -121,6 +141,11 @@ local function model_of(evaluation, label, generates)
     model.words, model.decode_tokens = evaluation.words, evaluation.decode_tokens
     model.words_per_minute = rate(evaluation.words, evaluation.seconds, 60)
     model.decode_tokens_per_second = rate(evaluation.decode_tokens, evaluation.decode_seconds, 1)
+    local words, seconds = words_and_seconds(evaluation)
+    if words then
+      local _, low, high = stats.bootstrap_ratio({ words, seconds }, { seed = seed })
+      model.words_per_minute_95 = low and json.array { 60 * low, 60 * high }
+    end
   end
   return model
 end
@@ -135,6 +160,8 @@ end
 ---@field questions_needed integer?  for 80 % power if the shares seen are the true ones
 ---@field sentence string
 ---@field recovery number?       accuracy of the second / accuracy of the first
+---@field words_per_minute_ratio { value: number, low: number?, high: number? }?  second / first; bootstrap of
+---  the questions
 
 --- Two evaluations of the same questions, without what Holm's correction decides; nil where nothing was
 --- scored.
@@ -217,11 +244,14 @@ local function outcome_of(run, o)
     context = run.context, set = o.set, models = json.array(), metrics = metric_rows(o.metrics),
     control_metrics = o.control_metrics and metric_rows(o.control_metrics),
   }
-  for m = 1, 2 do made.models[m] = model_of(o.evaluations[m], run.labels[m], generates) end
+  for m = 1, 2 do made.models[m] = model_of(o.evaluations[m], run.labels[m], generates, run.opts.seed) end
   made.comparison = paired(o.evaluations[1], o.evaluations[2], run.opts.seed)
+  if generates and made.comparison then
+    made.comparison.words_per_minute_ratio = words_ratio(o.evaluations[1], o.evaluations[2], run.opts.seed)
+  end
   local again = o.evaluations[3]
   if again then
-    made.control_model = model_of(again, run.labels[1], generates)
+    made.control_model = model_of(again, run.labels[1], generates, run.opts.seed)
     made.control = paired(o.evaluations[1], again, run.opts.seed)
   end
   return made

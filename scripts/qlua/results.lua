@@ -177,6 +177,11 @@ local function paired_lines(o)
   if c.recovery then
     say(("  recovery (accuracy of %s / %s) %.3f\n"):format(test.label, reference.label, c.recovery))
   end
+  local speed = c.words_per_minute_ratio
+  if speed then
+    say(("  words per minute of %s / %s %s, 95 %% bootstrap\n"):format(test.label, reference.label,
+      bounded(speed.value, speed.low, speed.high)))
+  end
   if o.control then
     say(("  %s v %s, the same model again: %s, what is noise\n"):format(reference.label, reference.label,
       plural(o.control.flips.right_wrong + o.control.flips.wrong_right, "flip")))

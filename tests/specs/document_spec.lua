@@ -98,6 +98,23 @@ describe("document.mmlu", function()
     assert.equal(30.0, nf4.decode_tokens_per_second)
   end)
 
+  it("has intervals of words per minute and of their ratio, where times are known by question", function()
+    local o = outcome(6, 0, "generate")
+    for m = 1, 2 do
+      for i, r in ipairs(o.evaluations[m].results) do r.words, r.seconds = 2 * i, m * i / 10 end
+    end
+    local made = section_of(o).outcomes[1]
+    local bounds = made.models[1].words_per_minute_95
+    assert.is_true(math.abs(bounds[1] - 1200) < 1e-9 and math.abs(bounds[2] - 1200) < 1e-9)
+    local ratio = made.comparison.words_per_minute_ratio
+    assert.is_true(math.abs(ratio.value - 0.5) < 1e-12)
+    assert.is_true(math.abs(ratio.low - 0.5) < 1e-12 and math.abs(ratio.high - 0.5) < 1e-12)
+    o.evaluations[2].results[3].seconds = nil
+    made = section_of(o).outcomes[1]
+    assert.is_nil(made.models[2].words_per_minute_95)
+    assert.is_nil(made.comparison.words_per_minute_ratio)
+  end)
+
   it("compares the full model with itself where it ran again, in a family of its own", function()
     local one, other = outcome(100, 6), outcome(100, 6)
     one.evaluations[3] = evaluation(filled(100, 1))
