@@ -1,0 +1,417 @@
+--- Should the model be quantized? The answer by a rule that stands beside it on the page, from documents of
+--- runs; and the figures that the answer rests on.
+
+local _ENV <const> = require "qlua.strict"
+
+local stats = require "qlua.stats"
+local tables = require "qlua.table"
+
+local verdict = {}
+
+--- Four choices: what a model that knows nothing gets right.
+verdict.CHANCE = 0.25
+--- Points of accuracy that a reader is taken to be ready to lose.
+verdict.MARGIN = 2
+
+local LEVEL <const> = 0.05
+
+--- Tango's score interval of a paired difference of shares (Statist. Med. 17, 1998). Unlike a bootstrap it
+--- does
+--- not shrink to nothing where no answer changed.
+---@param right_wrong integer questions that only the first answers rightly
+---@param wrong_right integer
+---@param n integer
+---@return number low, number high  of second - first
+function verdict.interval(right_wrong, wrong_right, n)
+  local b, c = wrong_right, right_wrong
+  local z = stats.normal_quantile(0.975)
+  local function score(d)
+    local linear, constant = -b - c + (2 * n - b + c) * d, -c * d * (1 - d)
+    local share = (math.sqrt(math.max(0, linear * linear - 8 * n * constant)) - linear) / (4 * n)
+    local variance = n * (2 * share + d * (1 - d))
+    local distance = b - c - n * d
+    if variance <= 0 then return distance == 0 and 0 or distance > 0 and math.huge or -math.huge end
+    return distance / math.sqrt(variance)
+  end
+  -- the score falls as d grows
+  local function limit(target, low, high)
+    for _ = 1, 60 do
+      local middle = (low + high) / 2
+      if score(middle) > target then low = middle else high = middle end
+    end
+    return (low + high) / 2
+  end
+  local estimate = (b - c) / n
+  return limit(z, -1, estimate), limit(-z, estimate, 1)
+end
+
+--- "about 250": two digits, rounded up.
+local function about(n)
+  local unit = 10 ^ math.max(0, math.floor(math.log(n, 10)) - 1)
+  return ("%d"):format(math.ceil(n / unit) * unit)
+end
+
+--- "-8.9", with the true minus sign.
+---@param share number
+---@param digits? integer
+function verdict.points(share, digits)
+  local text = ("%+.*f"):gsub("%*", tostring(digits or 1)):format(100 * share)
+  if tonumber(text) == 0 then text = text:sub(2) end
+  return (text:gsub("^%-", "−"))
+end
+
+local function sections(docs, kind)
+  local list = {}
+  for _, doc in ipairs(docs) do
+    for _, section in ipairs(doc.sections or {}) do
+      if section.kind == kind then list[#list + 1] = section end
+    end
+  end
+  return list
+end
+
+verdict.sections = sections
+
+local NAMES <const> = { multiple_choice = "by log-likelihood", generate_until = "in written answers" }
+
+local function add_flips(sum, flips)
+  for key, value in pairs(flips) do
+    if math.type(value) == "integer" then sum[key] = (sum[key] or 0) + value end
+  end
+end
+
+local function share_of(correct, n)
+  return { n = n, correct = correct, accuracy = correct / n, wilson = { stats.wilson(correct, n) } }
+end
+
+--- All tasks asked in one way as one: { kind, name, tasks, flips, n, full, quantized, difference, low, high,
+--- p,
+--- control? }. A task that several runs asked counts once, as the last of them answered.
+local function pools(docs)
+  local by_task, order = {}, {}
+  for _, section in ipairs(sections(docs, "mmlu")) do
+    for _, o in ipairs(section.outcomes) do
+      if o.comparison then
+        if not by_task[o.task] then order[#order + 1] = o.task end
+        by_task[o.task] = o
+      end
+    end
+  end
+  local list, by_kind = {}, {}
+  for _, task in ipairs(order) do
+    local o = by_task[task]
+    local pool = by_kind[o.output_type]
+    if not pool then
+      pool = { kind = o.output_type, name = NAMES[o.output_type] or o.output_type, tasks = {}, flips = {},
+        again = {}, controlled = 0 }
+      by_kind[o.output_type], list[#list + 1] = pool, pool
+    end
+    pool.tasks[#pool.tasks + 1] = o
+    add_flips(pool.flips, o.comparison.flips)
+    if o.control then
+      pool.controlled = pool.controlled + 1
+      add_flips(pool.again, o.control.flips)
+    end
+  end
+  return list
+end
+
+--- Fills a pool's figures in; `p` is left to Holm's correction over all pools.
+local function complete(pool)
+  local f = pool.flips
+  pool.n = f.n
+  pool.full, pool.quantized = share_of(f.right_a, f.n), share_of(f.right_b, f.n)
+  pool.difference = (f.wrong_right - f.right_wrong) / f.n
+  pool.low, pool.high = verdict.interval(f.right_wrong, f.wrong_right, f.n)
+  pool.mcnemar_p = stats.mcnemar(f.right_wrong, f.wrong_right)
+  if pool.controlled > 0 then
+    local again = pool.again
+    pool.control = { n = again.n, changed = again.right_wrong + again.wrong_right + again.other_wrong,
+      difference = (again.wrong_right - again.right_wrong) / again.n,
+      p = stats.mcnemar(again.right_wrong, again.wrong_right) }
+  end
+end
+
+--- What the answers show, for a reader who can lose `margin` points.
+local function judge(pool, p, margin)
+  pool.p = p
+  local noise = pool.control and math.abs(pool.control.difference) or 0
+  pool.noisy = pool.control ~= nil and pool.control.p < LEVEL
+  pool.guessing = pool.full.wilson[1] <= verdict.CHANCE
+  local shown = p < LEVEL and math.abs(pool.difference) > noise and not pool.noisy
+  pool.lost, pool.gained = shown and pool.difference < 0, shown and pool.difference > 0
+  pool.within = 100 * pool.low >= -margin and not pool.guessing and not pool.noisy
+  pool.needed = stats.questions_needed(pool.flips.right_wrong / pool.n, pool.flips.wrong_right / pool.n)
+end
+
+local function quality(docs, margin)
+  local list, p = pools(docs), {}
+  for i, pool in ipairs(list) do
+    complete(pool)
+    p[i] = pool.mcnemar_p
+  end
+  local adjusted = stats.holm(p)
+  for i, pool in ipairs(list) do judge(pool, adjusted[i], margin) end
+  return list
+end
+
+--- The two points of a sweep at the smallest batch that both models could run, and whether any did not fit.
+local function smallest(sweep)
+  local by_batch, first = {}, nil
+  for _, p in ipairs(sweep and sweep.points or {}) do
+    by_batch[p.batch] = by_batch[p.batch] or {}
+    by_batch[p.batch][p.model] = p
+  end
+  for batch, pair in pairs(by_batch) do
+    local both = pair[1] and pair[2] and pair[1].seconds and pair[2].seconds
+    if both and (not first or batch < first) then first = batch end
+  end
+  return first and by_batch[first]
+end
+
+local function memory(docs, sweep)
+  local pair = smallest(sweep)
+  local m
+  if pair then
+    m = { full = pair[1].peak.resident, quantized = pair[2].peak.resident, batch = pair[1].batch,
+      where = ("at batch %d"):format(pair[1].batch), what = "peak of one pass" }
+  else
+    local facts = docs[1].facts
+    if not (facts and facts.full and facts.quantized) then return nil end
+    m = { full = facts.full.bytes, quantized = facts.quantized.bytes, where = "of weights",
+      what = "resident weights" }
+  end
+  m.saved = m.full - m.quantized
+  m.share = m.saved / m.full
+  return m
+end
+
+--- How many times as fast the quantized model is: ratio of the medians, with an interval from redrawing
+--- whole
+--- rounds, in each of which both took the same batch.
+local function speed(sweep, seed)
+  local pair = smallest(sweep)
+  if not pair then return nil end
+  local full, quantized = pair[1].seconds, pair[2].seconds
+  local s = { batch = pair[1].batch, full = full, quantized = quantized,
+    ratio = full.median / quantized.median }
+  local a, b = full.samples or {}, quantized.samples or {}
+  if #a == #b and #a > 1 then
+    s.rounds = #a
+    s.ratio, s.low, s.high = stats.bootstrap_ratio({ a, b }, { of = "median", seed = seed })
+    s.faster, s.slower = s.low and s.low > 1, s.high and s.high < 1
+  end
+  return s
+end
+
+--- The fairness checks that failed, each with the run it belongs to; those of several runs once.
+---@param docs table[]
+---@return { name: string, text: string, reason: string?, run: integer }[]
+function verdict.unfair(docs)
+  local list, seen = {}, {}
+  for _, doc in ipairs(docs) do
+    for _, check in ipairs(doc.fairness and doc.fairness.checks or {}) do
+      local key = ("%s\n%s"):format(check.name, check.reason or "")
+      if check.ok == false and not seen[key] then
+        seen[key] = true
+        list[#list + 1] = { name = check.name, text = check.text, reason = check.reason, run = doc.run }
+      end
+    end
+  end
+  return list
+end
+
+--- "a loss of 8.9 points [..] is established ..." for one pool, for the list of evidence.
+local function pool_sentence(pool, test)
+  local said = ("Accuracy %s: %s points [%s, %s] for %s, "):format(pool.name,
+    verdict.points(pool.difference),
+    verdict.points(pool.low), verdict.points(pool.high), test)
+  if pool.noisy then
+    return said .. (
+      "but the full model differs from itself as well (%s): the questions were not asked alike")
+      :format(stats.p_text(pool.control.p)) .. "."
+  end
+  said = said .. ("difference %s at n = %d (%s)"):format((pool.lost or pool.gained) and "established"
+    or "not established", pool.n, stats.p_text(pool.p))
+  if not (pool.lost or pool.gained) then
+    if pool.p < LEVEL then
+      said = said .. ", for the full model differs from itself by as much"
+    elseif pool.needed and pool.needed > pool.n then
+      said = said .. ("; about %s questions would show one of this size"):format(about(pool.needed))
+    end
+  end
+  if pool.control then
+    said = said .. (". Noise: %d of %d answers change when the full model is asked again"):format(
+      pool.control.changed, pool.control.n)
+  end
+  if pool.guessing then
+    said = said .. ". The full model is not shown to beat guessing (25 %) here, so it has little to lose"
+  end
+  return said .. "."
+end
+
+local function memory_sentence(m, test)
+  if m.saved > 0 then
+    return ("%s saves %s (%.0f %%) %s: %s instead of %s."):format(test, tables.bytes(m.saved), 100 * m.share,
+      m.where, tables.bytes(m.quantized), tables.bytes(m.full))
+  end
+  return ("%s saves no memory %s: %s, and %s without."):format(test, m.where, tables.bytes(m.quantized),
+    tables.bytes(m.full))
+end
+
+local function speed_sentence(s, test, counts)
+  local text
+  if s.slower then
+    text = ("%s takes %.2f times as long [%.2f, %.2f] at batch %d"):format(test, 1 / s.ratio, 1 / s.high,
+      1 / s.low, s.batch)
+  elseif s.low then
+    text = ("%s is %.2f times as fast [%.2f, %.2f] at batch %d"):format(test, s.ratio, s.low, s.high,
+      s.batch)
+    if not s.faster then text = text .. ": no difference established" end
+  else
+    text = ("%s is %.2f times as fast at batch %d, without an interval"):format(test, s.ratio, s.batch)
+  end
+  return text .. (counts and "." or "; it does not count, for a fairness check is amber.")
+end
+
+--- "x_quantized / x_full - 1" of the perplexities, with the interval of the logarithm.
+local function perplexity_sentence(section, test)
+  local r = section.summary.log_ratio
+  local function change(ln) return verdict.points(math.exp(ln) - 1, 2) end
+  local half = 1.96 * r.stderr
+  return ("Perplexity %s %% [%s, %s] for %s%s."):format(change(r.value), change(r.value - half),
+    change(r.value + half), test, math.abs(r.value) <= half and ": no difference established" or "")
+end
+
+local function tokens_sentence(section)
+  for _, name in ipairs { "jaccard@5", "jaccard@1" } do
+    for _, row in ipairs(section.pair) do
+      if row.name == name and row.value then
+        local text = ("The %s most likely next token%s agree%s to %.3f [%.3f, %.3f]"):format(
+          name:match "%d+",
+          name == "jaccard@1" and "" or "s", name == "jaccard@1" and "s" or "", row.value, row.low
+            or row.value,
+          row.high or row.value)
+        for _, same in ipairs(section.control or {}) do
+          if same.name == name and same.value then
+            return ("%s; of the full model with itself to %.3f."):format(text, same.value)
+          end
+        end
+        return text .. "."
+      end
+    end
+  end
+end
+
+--- The figures in sentences, the missing arms named.
+local function evidence(v, docs, counts)
+  local list, test = {}, docs[1].labels[2]
+  if v.memory then list[#list + 1] = memory_sentence(v.memory, test) end
+  if v.memory and not v.memory.batch then
+    list[#list + 1] = "Memory while it runs was not measured in this report."
+  end
+  list[#list + 1] = v.speed and speed_sentence(v.speed, test, counts)
+    or "Speed by batch size was not measured in this report."
+  for _, pool in ipairs(v.pools) do list[#list + 1] = pool_sentence(pool, test) end
+  if #v.pools == 0 then list[#list + 1] = "Accuracy was not measured in this report." end
+  local metrics, texts = sections(docs, "metrics"), sections(docs, "perplexity")
+  if metrics[1] then list[#list + 1] = tokens_sentence(metrics[1]) end
+  for _, section in ipairs(texts) do list[#list + 1] = perplexity_sentence(section, test) end
+  return list
+end
+
+local HEADLINES <const> = { quantize = "Quantize.", dont = "Don’t quantize.", open = "Not established." }
+
+--- The worst pool decides; a reason in half a sentence goes with the word.
+local function decide(v, margin, fair)
+  local saves = v.memory and v.memory.saved > 0 or v.speed and v.speed.faster and fair
+  local saved_what = v.memory and v.memory.saved > 0 and "saves memory" or "saves time"
+  local saving_known = v.memory ~= nil and (v.memory.saved > 0 or v.speed ~= nil)
+  local lost, all_within, widest = nil, #v.pools > 0, nil
+  for _, pool in ipairs(v.pools) do
+    if pool.lost and not pool.within and (not lost or pool.difference < lost.difference) then lost = pool end
+    if not pool.within then
+      all_within = false
+      if not widest or pool.low < widest.low then widest = pool end
+    end
+  end
+  if not saves and saving_known then
+    return "dont", v.speed and not fair and "It saves no memory, and its speed cannot be judged."
+      or "It saves neither memory nor time."
+  end
+  if lost then
+    return "dont", ("It loses accuracy: %s points [%s, %s], and more than %g cannot be ruled out."):format(
+      verdict.points(lost.difference), verdict.points(lost.low), verdict.points(lost.high), margin)
+  end
+  if #v.pools == 0 then
+    return "open", ("What it costs in accuracy was not measured%s."):format(saves and "; it " .. saved_what
+      or "")
+  end
+  if all_within and saves then
+    return "quantize", ("It %s, and a loss of more than %g point%s of accuracy is ruled out."):format(
+      saved_what,
+      margin, margin == 1 and "" or "s")
+  end
+  if not saves then return "open", "Whether it saves anything was not measured." end
+  if widest.noisy then return "open",
+    "The full model differs from itself: the questions were not asked alike." end
+  if widest.guessing then
+    return "open", "The full model is not shown to beat guessing on these questions, so they cannot tell."
+  end
+  return "open", ("It %s; a loss of more than %g point%s is not shown, and not ruled out."):format(
+    saved_what,
+    margin, margin == 1 and "" or "s")
+end
+
+--- The rule as the page prints it.
+---@param margin number
+---@return { [1]: string, [2]: string }[]
+local function rule(margin)
+  local points = ("%g point%s"):format(margin, margin == 1 and "" or "s")
+  return {
+    { "Quantize", (
+      "where it saves memory or time, and the 95 %% interval of the difference in accuracy rules a "
+      .. "loss of more than %s out, in every way of asking; the full model must beat guessing."):format(
+        points) },
+    { "Don’t", (
+      "where it saves neither; or where a loss is established (exact McNemar test, Holm’s correction, "
+      .. "p < 0.05, larger than the full model’s difference from itself) and more than %s is not ruled "
+      .. "out."):format(points) },
+    { "Not established", "everything else: more questions, or the part that was not measured, would tell." },
+    { "Intervals",
+      "accuracy: Tango’s score interval of the paired difference; time: bootstrap of whole rounds, "
+      .. "and it counts only where every fairness check is green; memory is counted, not sampled." },
+  }
+end
+
+---@class qlua.verdict
+---@field word "quantize"|"dont"|"open"
+---@field headline string
+---@field because string
+---@field evidence string[]
+---@field rule { [1]: string, [2]: string }[]
+---@field margin number
+---@field memory table?
+---@field speed table?
+---@field pools table[]     accuracy by way of asking
+---@field unfair table[]
+
+--- The verdict on runs of one pair of models.
+---@param docs table[]
+---@param options? { margin: number? }  points of accuracy
+---@return qlua.verdict
+function verdict.of(docs, options)
+  local margin = options and options.margin or verdict.MARGIN
+  local sweeps = sections(docs, "sweep")
+  local sweep = sweeps[#sweeps]
+  local v = { margin = margin, unfair = verdict.unfair(docs), rule = rule(margin), memory = memory(docs,
+    sweep),
+    speed = speed(sweep, docs[1].facts and docs[1].facts.seed), pools = quality(docs, margin) }
+  local fair = #v.unfair == 0
+  v.word, v.because = decide(v, margin, fair)
+  v.headline = HEADLINES[v.word]
+  v.evidence = evidence(v, docs, fair)
+  return v
+end
+
+return verdict
