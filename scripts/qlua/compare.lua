@@ -7,6 +7,7 @@
 local _ENV <const> = require "qlua.strict"
 
 local document = require "qlua.document"
+local facts = require "qlua.compare.facts"
 local failure = require "qlua.failure"
 local json = require "qlua.json"
 local stats = require "qlua.stats"
@@ -42,115 +43,6 @@ local compare = {}
 ---@field facts qlua.compared_fact[]
 ---@field warnings string[]
 ---@field sections qlua.compared_section[]
-
-local function at(value, ...)
-  for _, key in ipairs { ... } do
-    if type(value) ~= "table" then return nil end
-    value = value[key]
-  end
-  if value == json.null then return nil end
-  return value
-end
-
---- What is looked at in the facts of both: name, path, what a difference spoils.
-local FACTS <const> = {
-  { "script", { "name" } },
-  { "qlua", { "facts", "qlua_version" } },
-  { "model", { "options", "model" } },
-  { "model's weights (SHA-256)", { "facts", "model_sha256" } },
-  { "full model's type", { "facts", "full", "dtype" } },
-  { "quantized checkpoint", { "options", "quantized" } },
-  { "quantization", { "facts", "quantized", "quant", "label" } },
-  { "quantization block", { "facts", "quantized", "quant", "block" } },
-  { "double quantization", { "facts", "quantized", "quant", "double" } },
-  { "quantized model's bytes", { "facts", "quantized", "bytes" } },
-  { "device", { "facts", "device", "name" }, "speeds and memory" },
-  { "hardware", { "facts", "device", "hardware" }, "speeds" },
-  { "instruction set", { "facts", "device", "isa" }, "speeds" },
-  { "driver", { "facts", "device", "driver" }, "speeds" },
-  { "threads", { "facts", "device", "threads" }, "speeds" },
-  { "numerics", { "facts", "numerics" }, "speeds" },
-  { "kernels", { "facts", "kernels" } },
-  { "seed", { "facts", "seed" }, "what is drawn at random" },
-  { "status", { "status" } },
-}
-
--- Options that are facts already, or only say where results go.
-local NOT_COMPARED <const> = {}
-for _, name in ipairs { "model", "quantized", "quant", "double_quant", "block_size", "dtype", "device",
-  "threads", "numerics", "seed", "tasks", "text", "output_path", "output_format", "log_samples", "fresh",
-  "no_output", "dry_run" } do
-  NOT_COMPARED[name] = true
-end
-
-local SPOILS <const> = { num_fewshot = "accuracies", apply_chat_template = "accuracies",
-  protocol = "accuracies", mode = "accuracies", max_gen_toks = "accuracies", temperature = "accuracies",
-  max_context = "the questions that fit", limit = "the questions asked", batch_size = "speeds",
-  batch_sizes = "speeds", max_length = "the questions that fit", position = "metrics",
-  context = "perplexities", logits = "speeds" }
-
-local function same(x, y) return x == y or json.encode(x) == json.encode(y) end
-
-local function add_fact(facts, name, x, y, spoils)
-  if (x == nil and y == nil) or same(x, y) then return end
-  facts[#facts + 1] = { name = name, a = x, b = y, spoils = spoils }
-end
-
---- The questions of a document's sections: file and digest by kind.
-local function data_of(doc)
-  local list = json.array()
-  for _, section in ipairs(doc.sections) do
-    for _, part in ipairs(section.outcomes or { section }) do
-      local digest = at(part, "data", "sha256") or at(part, "sha256") or at(part, "data", "path")
-      if digest then list[#list + 1] = digest end
-    end
-  end
-  return list
-end
-
---- Every fact that is not the same in both documents.
----@param a qlua.run_document
----@param b qlua.run_document
----@return qlua.compared_fact[]
-function compare.facts(a, b)
-  local facts = json.array()
-  for _, fact in ipairs(FACTS) do
-    add_fact(facts, fact[1], at(a, table.unpack(fact[2])), at(b, table.unpack(fact[2])), fact[3])
-  end
-  add_fact(facts, "questions (SHA-256)", data_of(a), data_of(b), "every figure of them")
-  local names = {}
-  for _, doc in ipairs { a, b } do
-    for name in pairs(doc.options or {}) do names[name] = true end
-  end
-  local sorted = {}
-  for name in pairs(names) do if not NOT_COMPARED[name] then sorted[#sorted + 1] = name end end
-  table.sort(sorted)
-  for _, name in ipairs(sorted) do
-    add_fact(facts, "--" .. name, at(a, "options", name), at(b, "options", name), SPOILS[name])
-  end
-  return facts
-end
-
-local function warnings_of(found, facts)
-  local list = json.array()
-  for _, fact in ipairs(facts) do
-    if fact.spoils then
-      list[#list + 1] = ("different %s: that alone can change %s"):format(fact.name, fact.spoils)
-    end
-  end
-  for _, one in ipairs(found) do
-    if one.document.status and one.document.status ~= "finished" then
-      list[#list + 1] = ("%s was %s: its figures are of a part of the questions"):format(one.name,
-        one.document.status)
-    end
-    for _, check in ipairs(at(one.document, "fairness", "checks") or {}) do
-      if check.ok == false then
-        list[#list + 1] = ("%s, %s: %s"):format(one.name, check.name, check.reason or check.text)
-      end
-    end
-  end
-  return list
-end
 
 --- Adds a figure that both have.
 local function add(figures, figure)
@@ -213,6 +105,22 @@ end
 
 local function label_of(x, y) return x == y and x or ("%s, %s"):format(x, y) end
 
+--- Words per minute of one model in both runs, over the questions that both asked; nil where times are not
+--- known by question.
+local function paired_words(pairs_list, m, seed)
+  local lists = { {}, {}, {}, {} } -- words and seconds of the second run, then of the first
+  for i, pair in ipairs(pairs_list) do
+    local a, b = pair[1].models[m], pair[2].models[m]
+    if not (a.words and a.seconds and b.words and b.seconds) then return nil end
+    lists[1][i], lists[2][i], lists[3][i], lists[4][i] = b.words, b.seconds, a.words, a.seconds
+  end
+  if #lists[1] == 0 then return nil end
+  local ratio, low, high = stats.bootstrap_ratio(lists, { seed = seed })
+  local function rate(words, seconds) return 60 * stats.sum(words) / stats.sum(seconds) end
+  return ratio and { a = rate(lists[3], lists[4]), b = rate(lists[1], lists[2]), value = ratio, low = low,
+    high = high, method = ("paired bootstrap of the %d questions that both have"):format(#lists[1]) }
+end
+
 local SPEEDS <const> = { { "words_per_minute", "words/min" },
   { "prefill_tokens_per_second", "prefill tok/s" }, { "decode_tokens_per_second", "decode tok/s" } }
 
@@ -234,8 +142,10 @@ local function accuracy(figures, x, y, answers, seed, m)
   end
   add(figures, figure)
   for _, speed in ipairs(SPEEDS) do
-    add(figures, { task = x.task, of = figure.of, name = speed[2], a = a[speed[1]], b = b[speed[1]],
-      change = "ratio" })
+    local rate = answers and speed[1] == "words_per_minute" and a.words and paired_words(answers, m, seed)
+      or { a = a[speed[1]], b = b[speed[1]] }
+    rate.task, rate.of, rate.name, rate.change = x.task, figure.of, speed[2], "ratio"
+    add(figures, rate)
   end
 end
 
@@ -386,15 +296,28 @@ local function described(found)
   return { name = found.name, script = doc.name, started = doc.started, labels = doc.labels }
 end
 
+--- Warns of sections that both runs took from the same rows of one store: there is nothing to compare then.
+local function warn_of_shared_rows(result, a, b, x, y)
+  if not (a.store and b.store and a.store:path() == b.store:path()) then return end
+  local others = {}
+  for _, part in ipairs(y.outcomes or { y }) do if part.set then others[part.set] = true end end
+  for _, part in ipairs(x.outcomes or { x }) do
+    if others[part.set or false] then
+      table.insert(result.warnings, ("%s: both runs consist of the same rows of the store; another "
+        .. "--output_path has them computed anew"):format(part.task or x.kind))
+    end
+  end
+end
+
 --- Compares two runs.
 ---@param a qlua.found_run
 ---@param b qlua.found_run
 ---@return qlua.compared?, qlua.failure?
 function compare.runs(a, b)
   local sides, first, second = { a, b }, a.document, b.document
-  local result = { a = described(a), b = described(b), facts = compare.facts(first, second),
+  local result = { a = described(a), b = described(b), facts = facts.differing(first, second),
     sections = json.array() }
-  result.warnings = warnings_of(sides, result.facts)
+  result.warnings = facts.warnings(sides, result.facts)
   local unread
   local context = { labels = { first.labels, second.labels }, seed = math.tointeger(first.facts.seed) or 1,
     pair = label_of(table.concat(first.labels, " v "), table.concat(second.labels, " v ")),
@@ -407,6 +330,7 @@ function compare.runs(a, b)
     local other = by_kind[section.kind] and counterpart(section, second.sections)
     local figures = other and by_kind[section.kind](section, other, context)
     if figures and #figures > 0 then
+      warn_of_shared_rows(result, a, b, section, other)
       result.sections[#result.sections + 1] = { kind = section.kind, figures = figures }
     end
   end

@@ -46,7 +46,7 @@ local function mmlu(folder, first, last, answers, change)
   if change then change(doc, items) end
   local store <close> = assert(store_module.open(folder .. "/qlua.sqlite"))
   local id = assert(store:begin_run { name = doc.name, started = doc.started, command = '["--limit","9"]' })
-  local key = KEYS[id] or KEYS[2]
+  local key = doc.options.limit == 1 and KEYS[1] or KEYS[id] or KEYS[2]
   doc.run, doc.sections = id, json.array { document.mmlu(run, { { task = task, items = items,
     prepared = prepared, evaluations = evaluations, set = key } }) }
   local ids = {}
@@ -134,6 +134,44 @@ describe("qlua compare", function()
     assert.is_nil(out:find("alternating", 1, true))
     assert.is_true(out:find("threads", 1, true) < out:find("accuracy", 1, true))
     assert.is_nil(out:find("\27", 1, true))
+  end)
+
+  it("says when both runs consist of the same rows", function()
+    local folder = support.folder()
+    mmlu(folder, 1, 3, all_right)
+    mmlu(folder, 1, 3, all_right, function(doc) doc.options.limit = 1 end)
+    local out = qlua("compare", "1", "2", "--output_path", folder)
+    assert.truthy(out:find("mmlu_s: both runs consist of the same rows of the store", 1, true), out)
+    mmlu(folder, 1, 3, all_right)
+    assert.is_nil(qlua("compare", "1", "3", "--output_path", folder):find("same rows", 1, true))
+  end)
+
+  it("has the interval of words per minute, where times are known by question", function()
+    local function sides_of(scale)
+      local rows, models = {}, {}
+      for i = 1, 5 do
+        local part = { answer = 1, words = 3 * i, seconds = scale * i }
+        rows[i] = { doc = question(i), models = { part, part } }
+      end
+      for m = 1, 2 do
+        models[m] = { label = m == 1 and "full" or "nf4", n = 5, correct = 5, accuracy = 1.0, words = 45,
+          words_per_minute = 180 / scale }
+      end
+      return { kind = "mmlu", outcomes = { { task = "t", set = "k", models = models, metrics = {} } } }, rows
+    end
+    local one, rows_one = sides_of(1.0)
+    local two, rows_two = sides_of(2.0)
+    local function side(name, section, rows)
+      return { name = name, rows = function() return rows end, document = { format = 1, name = "x.lua",
+        started = 0.5, labels = { "full", "nf4" }, options = {}, facts = {}, sections = { section } } }
+    end
+    local f = figure(assert(compare.runs(side("a", one, rows_one), side("b", two, rows_two))), "words/min")
+    assert.equal(180.0, f.a)
+    assert.equal(90.0, f.b)
+    assert.is_true(math.abs(f.value - 0.5) < 1e-12 and math.abs(f.low - 0.5) < 1e-12)
+    f = figure(assert(compare.runs(side("a", one), side("b", two))), "words/min")
+    assert.equal(0.5, f.value)
+    assert.is_nil(f.low)
   end)
 
   it("gives Markdown and CSV", function()

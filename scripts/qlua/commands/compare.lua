@@ -2,11 +2,11 @@
 
 local cli = require "qlua.cli"
 local compare = require "qlua.compare"
-local compare_text = require "qlua.compare_text"
 local json = require "qlua.json"
 local runs = require "qlua.runs"
 local sys = require "qlua.sys"
 local tables = require "qlua.table"
+local text = require "qlua.compare.text"
 
 local NAME <const> = "qlua compare"
 
@@ -44,8 +44,8 @@ local result = must(compare.runs(a, b))
 if opts.format == "json" then
   io.stdout:write(json.encode(result, { indent = 2 }), "\n")
 elseif opts.format == "csv" then
-  io.stdout:write(compare_text.csv(result))
+  io.stdout:write(text.csv(result))
 else
-  io.stdout:write(compare_text.text(result, { markdown = opts.format == "md",
+  io.stdout:write(text.text(result, { markdown = opts.format == "md",
     colour = opts.format == "text" and colour }))
 end

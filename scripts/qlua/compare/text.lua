@@ -6,13 +6,15 @@ local csv = require "qlua.csv"
 local json = require "qlua.json"
 local tables = require "qlua.table"
 
-local compare_text = {}
+local text = {}
+
+local WIDEST <const> = 48 -- characters of a fact in the table
 
 local function cell(value)
   if value == nil or value == json.null then return "-" end
-  local text = type(value) == "string" and value or json.encode(value)
-  if text:find "^%x+$" and #text == 64 then text = text:sub(1, 12) end
-  return (utf8.len(text) or 0) > 48 and text:sub(1, (utf8.offset(text, 48))) .. "..." or text
+  local whole = type(value) == "string" and value or json.encode(value)
+  if whole:find "^%x+$" and #whole == 64 then return whole:sub(1, 12) end -- a digest
+  return (utf8.len(whole) or 0) > WIDEST and whole:sub(1, utf8.offset(whole, WIDEST) - 1) .. "..." or whole
 end
 
 local function facts_table(result)
@@ -73,10 +75,10 @@ end
 ---@param result qlua.compared
 ---@param options? { markdown: boolean?, colour: boolean? }
 ---@return string
-function compare_text.text(result, options)
+function text.text(result, options)
   options = options or {}
   local parts = { named_run("A", result.a), named_run("B", result.b), "\n" }
-  local function say(text) parts[#parts + 1] = text end
+  local function say(part) parts[#parts + 1] = part end
   local function put(t) say(options.markdown and t:markdown() or t:text { bold = options.colour }) end
   if #result.facts > 0 then put(facts_table(result)) else say "the two runs were made alike\n" end
   for i, warning in ipairs(result.warnings) do
@@ -94,7 +96,7 @@ end
 --- The figures as CSV, the facts before them in the same columns.
 ---@param result qlua.compared
 ---@return string
-function compare_text.csv(result)
+function text.csv(result)
   local rows = {}
   for _, fact in ipairs(result.facts) do
     local a, b = fact.a, fact.b
@@ -112,4 +114,4 @@ function compare_text.csv(result)
     "mcnemar_p", "adjusted_p", "established" }, rows)
 end
 
-return compare_text
+return text
