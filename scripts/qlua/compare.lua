@@ -155,12 +155,30 @@ local function named(list)
   return map
 end
 
---- Means of metrics, with the standard errors that they have.
-local function metrics_figures(figures, rows_a, rows_b, task, of)
+local function at(values, name) return values and values[name] end
+
+--- A metric's values in both runs, for the questions that both asked.
+local function paired_values(pairs_list, name)
+  local a, b = {}, {}
+  for _, pair in ipairs(pairs_list or {}) do
+    local one, two = at(pair[1].values, name), at(pair[2].values, name)
+    -- a metric may have several values a question, or none
+    if type(one) == "number" and type(two) == "number" then a[#a + 1], b[#b + 1] = one, two end
+  end
+  return a, b
+end
+
+--- Means of metrics: over the questions that both asked where `matched` has their rows, else over all.
+local function metrics_figures(figures, rows_a, rows_b, task, of, matched, seed)
   local others = named(rows_b)
-  for _, row in ipairs(rows_a or {}) do
+  for _, row in ipairs(rows_a) do
     local other = others[row.name]
-    if other then
+    local a, b = paired_values(other and matched, row.name)
+    if #a > 0 then
+      local low, high = stats.bootstrap_difference(a, b, { seed = seed })
+      add(figures, { task = task, of = of, name = row.name, a = stats.mean(a), b = stats.mean(b), low = low,
+        high = high, method = ("paired bootstrap of the %d questions that both have"):format(#a) })
+    elseif other then
       add_with_errors(figures, { task = task, of = of, name = row.name, a = row.value, b = other.value },
         row.stderr, other.stderr)
     end
@@ -179,7 +197,7 @@ function by_kind.mmlu(x, y, context)
       local rows_a, rows_b = context.rows(1, o.set), context.rows(2, other.set)
       local answers = rows_a and rows_b and pairs_of(rows_a, rows_b, question_and_choices)
       for m = 1, 2 do accuracy(figures, o, other, answers, context.seed, m) end
-      metrics_figures(figures, o.metrics, other.metrics, o.task, context.pair)
+      metrics_figures(figures, o.metrics, other.metrics, o.task, context.pair, answers, context.seed)
     end
   end
   for _, figure in ipairs(figures) do comparisons[#comparisons + 1] = figure.comparison end
@@ -187,28 +205,10 @@ function by_kind.mmlu(x, y, context)
   return figures
 end
 
-local function metric_pairs(context, x, y)
-  local rows_a, rows_b = context.rows(1, x.set), context.rows(2, y.set)
-  return rows_a and rows_b and pairs_of(rows_a, rows_b, function(row) return row.question end)
-end
-
 function by_kind.metrics(x, y, context)
-  local figures, others, matched = json.array(), named(y.pair), metric_pairs(context, x, y)
-  for _, row in ipairs(x.pair) do
-    local other, a, b = others[row.name], {}, {}
-    for _, pair in ipairs(other and matched or {}) do
-      local one, two = pair[1].values[row.name], pair[2].values[row.name]
-      -- a metric may have several values a question, or none
-      if type(one) == "number" and type(two) == "number" then a[#a + 1], b[#b + 1] = one, two end
-    end
-    if #a > 0 then
-      local low, high = stats.bootstrap_difference(a, b, { seed = context.seed })
-      add(figures, { task = x.task, of = context.pair, name = row.name, a = stats.mean(a), b = stats.mean(b),
-        low = low, high = high, method = ("paired bootstrap of the %d questions that both have"):format(#a) })
-    elseif other then
-      metrics_figures(figures, { row }, { other }, x.task, context.pair)
-    end
-  end
+  local figures, rows_a, rows_b = json.array(), context.rows(1, x.set), context.rows(2, y.set)
+  local matched = rows_a and rows_b and pairs_of(rows_a, rows_b, function(row) return row.question end)
+  metrics_figures(figures, x.pair, y.pair, x.task, context.pair, matched, context.seed)
   return figures
 end
 

@@ -146,18 +146,19 @@ describe("qlua compare", function()
     assert.is_nil(qlua("compare", "1", "3", "--output_path", folder):find("same rows", 1, true))
   end)
 
-  it("has the interval of words per minute, where times are known by question", function()
+  it("pairs words per minute and metrics by question too", function()
     local function sides_of(scale)
       local rows, models = {}, {}
       for i = 1, 5 do
         local part = { answer = 1, words = 3 * i, seconds = scale * i }
-        rows[i] = { doc = question(i), models = { part, part } }
+        rows[i] = { doc = question(i), models = { part, part }, values = { kl = scale * i } }
       end
       for m = 1, 2 do
         models[m] = { label = m == 1 and "full" or "nf4", n = 5, correct = 5, accuracy = 1.0, words = 45,
           words_per_minute = 180 / scale }
       end
-      return { kind = "mmlu", outcomes = { { task = "t", set = "k", models = models, metrics = {} } } }, rows
+      return { kind = "mmlu", outcomes = { { task = "t", set = "k", models = models, metrics = {
+        { name = "kl", value = 9.0 } } } } }, rows
     end
     local one, rows_one = sides_of(1.0)
     local two, rows_two = sides_of(2.0)
@@ -169,6 +170,10 @@ describe("qlua compare", function()
     assert.equal(180.0, f.a)
     assert.equal(90.0, f.b)
     assert.is_true(math.abs(f.value - 0.5) < 1e-12 and math.abs(f.low - 0.5) < 1e-12)
+    local kl = figure(assert(compare.runs(side("a", one, rows_one), side("b", two, rows_two))), "kl")
+    assert.equal(3.0, kl.a) -- of the rows, and not what the section says
+    assert.equal(3.0, kl.value)
+    assert.is_true(kl.low < 3.0 and kl.high > 3.0)
     f = figure(assert(compare.runs(side("a", one), side("b", two))), "words/min")
     assert.equal(0.5, f.value)
     assert.is_nil(f.low)
