@@ -109,13 +109,14 @@ static ql_status prepare(ql_store *store, ql_err *err)
                          err));
     QL_TRY(ql_store_exec(store, "BEGIN", err)); /* another process may be making the schema just now */
     QL_TRY(ql_store_end(store, identify(store, &empty, err), err));
-    if (store->readonly) {
-        if (!empty) return QL_OK;
+    if (store->readonly && empty)
         return ql_err_set(err, QL_ERR_FORMAT, "%s: is empty, there are no results in it", store->path);
+    if (store->readonly) QL_TRY(ql_store_exec(store, "PRAGMA query_only = ON", err));
+    if (!store->readonly) {
+        if (sqlite3_db_readonly(store->db, "main") == 1) return ql_store_read_only(store, err);
+        QL_TRY(turn_to_log(store, err));
+        if (empty) QL_TRY(create(store, err));
     }
-    if (sqlite3_db_readonly(store->db, "main") == 1) return ql_store_read_only(store, err);
-    QL_TRY(turn_to_log(store, err));
-    if (empty) QL_TRY(create(store, err));
     sqlite3_db_config(store->db, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0, NULL);
     return QL_OK;
 }
@@ -155,12 +156,13 @@ static ql_status connect(ql_store *store, const char *name, int flags, ql_err *e
     return ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to open it", store->path);
 }
 
-/* Open `file` as one that nobody changes: SQLite then needs no files beside it. */
-static ql_status connect_unchanging(ql_store *store, const char *file, ql_err *err)
+/* Open the file again as one that nobody changes: SQLite then needs no files beside it. */
+static ql_status connect_unchanging(ql_store *store, ql_err *err)
 {
     ql_text name = {0};
     ql_text_puts(&name, "file:");
-    for (; *file; file++) ql_text_printf(&name, "%%%02x", (unsigned char)*file);
+    for (const char *file = sqlite3_db_filename(store->db, "main"); *file; file++)
+        ql_text_printf(&name, "%%%02x", (unsigned char)*file);
     ql_text_puts(&name, "?immutable=1");
     ql_status status = QL_OK;
     if (name.failed) status = ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to open it", store->path);
@@ -169,30 +171,24 @@ static ql_status connect_unchanging(ql_store *store, const char *file, ql_err *e
     return status;
 }
 
+static int64_t file_size(const char *path)
+{
+    struct stat info;
+    return stat(path, &info) == 0 ? (int64_t)info.st_size : -1;
+}
+
 /* SQLite has opened the file and not read it yet. It would delete the log of a file that has been emptied,
  * and it could not read a store in a folder where it cannot make the files beside it. */
 static ql_status look_beside(ql_store *store, ql_err *err)
 {
-    struct stat file_info, log_info;
-    const char *path = sqlite3_db_filename(store->db, "main"), *log_path = sqlite3_filename_wal(path);
-    bool has_log =
-        stat(log_path, &log_info) == 0 && log_info.st_size > 0; /* first: a new store's file is older */
-    if (has_log && stat(path, &file_info) == 0 && file_info.st_size == 0) {
-        ql_err_set(err, QL_ERR_FORMAT, "%s: is empty, but its log %s is not", store->path, log_path);
-        return ql_err_hint(err,
-                           "something has emptied the file: bring it back beside its log, or move the log "
-                           "away");
+    const char *path = sqlite3_db_filename(store->db, "main"), *log = sqlite3_filename_wal(path);
+    bool has_log = file_size(log) > 0; /* first: a new store's file is older than its log */
+    if (has_log && file_size(path) == 0) {
+        ql_err_set(err, QL_ERR_FORMAT, "%s: is empty, but its log %s is not", store->path, log);
+        return ql_err_hint(err, "something has emptied the file: bring it back, or move the log away");
     }
-    if (!store->readonly || has_log) return QL_OK;
-    char *file = ql_strdup(path), *slash = file ? strrchr(file, '/') : NULL;
-    if (!file) return ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to open it", store->path);
-    ql_status status = QL_OK;
-    if (slash) *slash = '\0';
-    bool fixed = slash && access(*file ? file : "/", W_OK) != 0;
-    if (slash) *slash = '/';
-    if (fixed) status = connect_unchanging(store, file, err);
-    ql_free(file);
-    return status;
+    bool whole = !has_log && file_size(sqlite3_filename_journal(path)) <= 0;
+    return store->readonly && whole && ql_store_is_fixed(path) ? connect_unchanging(store, err) : QL_OK;
 }
 
 static ql_status open_database(ql_store *store, ql_err *err)
@@ -202,9 +198,9 @@ static ql_status open_database(ql_store *store, ql_err *err)
     /* SQLite takes names that begin with "file:" and ":" as something else than a file's. */
     char *name = in_memory || store->path[0] == '/' ? ql_strdup(store->path) : ql_file_join(".", store->path);
     if (!name) return ql_err_set(err, QL_ERR_MEMORY, "%s: no memory to open it", store->path);
+    /* To read, too: who may not write to the file cannot clear away the files of the log when closing. */
     ql_status status =
-        connect(store, name,
-                store->readonly ? SQLITE_OPEN_READONLY : SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, err);
+        connect(store, name, SQLITE_OPEN_READWRITE | (store->readonly ? 0 : SQLITE_OPEN_CREATE), err);
     ql_free(name);
     if (status == QL_OK && !in_memory) status = look_beside(store, err);
     return status == QL_OK ? prepare(store, err) : status;

@@ -24,8 +24,9 @@
 typedef struct ql_store ql_store;
 
 /* Open `path`, made when it is not there (its folder must be) unless `readonly`; ":memory:" is a store of
- * this process that ends with it. A read-only folder takes `readonly`, and no log beside the file. `wait`:
- * seconds to wait for another process that is writing. */
+ * this process that ends with it. To read takes no right to write, but in a folder where nothing can be made
+ * beside the file there must be no log; where one can write, a log that a killed process has left is put into
+ * the file. `wait`: seconds to wait for another process that is writing. */
 ql_status ql_store_open(const char *path, bool readonly, double wait, ql_store **store /* [OUT] */,
                         ql_err *err);
 void ql_store_close(ql_store *store);             /* NULL too */

@@ -41,6 +41,9 @@ ql_status ql_store_failed_system(const ql_store *store, const char *verb, int er
 ql_status ql_store_read_only(const ql_store *store, ql_err *err);
 ql_status ql_store_damaged(ql_store *store, const char *why, ql_err *err);
 
+/* Whether nothing can be made in the file's folder. */
+bool ql_store_is_fixed(const char *path);
+
 /* SQLite's busy handler; `count` is 0 when the waiting begins. */
 int ql_store_busy(void *store, int count);
 

@@ -5,9 +5,11 @@
 #include "interrupt.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 static const char *const sql[QL_STORE_STATEMENTS] = {
     [QL_STORE_RUN_ADD] = "INSERT INTO runs (name, started, status, pid, process, command, script_sha256)"
@@ -48,16 +50,28 @@ double ql_store_now(void)
 /* --- errors ----------------------------------------------------------------------------------------------
  */
 
+bool ql_store_is_fixed(const char *path)
+{
+    char folder[PATH_MAX] = ".";
+    const char *slash = strrchr(path, '/');
+    size_t n = slash == path ? 1 : slash ? (size_t)(slash - path) : 0;
+    if (n >= sizeof folder) return false;
+    if (n) memcpy(folder, path, n);
+    if (n) folder[n] = '\0';
+    return access(folder, W_OK) != 0;
+}
+
 ql_status ql_store_read_only(const ql_store *store, ql_err *err)
 {
     ql_err_set(err, QL_ERR_IO, "%s: the file or its folder is read-only", store->path);
+    if (store->readonly) return ql_err_hint(err, "copy it and the -wal file beside it to another folder");
     return ql_err_hint(err, "change its permissions, or give another --output_path");
 }
 
 ql_status ql_store_failed_system(const ql_store *store, const char *verb, int error, ql_err *err)
 {
     if (error == EROFS || error == EACCES || error == EPERM) return ql_store_read_only(store, err);
-    if (error == ENOSPC || error == EDQUOT || error == EFBIG) {
+    if (error == ENOSPC || error == EDQUOT) {
         ql_err_set(err, QL_ERR_IO, "%s: the disk is full", store->path);
         return ql_err_hint(err, "free disk space and run again: what was finished before is kept");
     }
@@ -96,6 +110,7 @@ static ql_status failed_code(ql_store *store, int code, const char *why, int err
     case SQLITE_PERM:
         return ql_store_read_only(store, err);
     case SQLITE_CANTOPEN:
+        if (ql_store_is_fixed(store->path)) return ql_store_read_only(store, err);
         return ql_store_failed_system(store, "open it or the files beside it", error, err);
     case SQLITE_NOTADB:
         ql_err_set(err, QL_ERR_FORMAT, "%s: is not a results store, nor any SQLite database", store->path);
@@ -115,8 +130,9 @@ static ql_status failed_code(ql_store *store, int code, const char *why, int err
 
 ql_status ql_store_failed(ql_store *store, ql_err *err)
 {
+    int error = errno, kept = sqlite3_system_errno(store->db); /* SQLite does not keep all */
     return failed_code(store, sqlite3_extended_errcode(store->db), sqlite3_errmsg(store->db),
-                       sqlite3_system_errno(store->db), err);
+                       kept ? kept : error, err);
 }
 
 /* --- statements ------------------------------------------------------------------------------------------
@@ -137,6 +153,7 @@ int ql_store_busy(void *context, int count)
 
 ql_status ql_store_exec(ql_store *store, const char *text, ql_err *err)
 {
+    errno = 0;
     return sqlite3_exec(store->db, text, NULL, NULL, NULL) == SQLITE_OK ? QL_OK : ql_store_failed(store, err);
 }
 
@@ -169,6 +186,7 @@ ql_status ql_store_bind(ql_store *store, ql_store_statement which, ql_err *err, 
 ql_status ql_store_do(ql_store *store, ql_store_statement which, ql_err *err)
 {
     sqlite3_stmt *stmt = store->statements[which];
+    errno = 0;
     ql_status status = sqlite3_step(stmt) == SQLITE_DONE ? QL_OK : ql_store_failed(store, err);
     sqlite3_reset(stmt);
     return status;
@@ -183,6 +201,7 @@ ql_status ql_store_next(ql_store *store, bool *more, ql_err *err)
 {
     *more = false;
     if (!store->query) return ql_err_set(err, QL_ERR_ARG, "%s: the query has ended", store->path);
+    errno = 0;
     int code = sqlite3_step(store->query);
     *more = code == SQLITE_ROW;
     if (*more) return QL_OK;
