@@ -56,12 +56,14 @@ local function add(figures, figure)
   figures[#figures + 1] = figure
 end
 
+local INDEPENDENT <const> = "normal, the runs taken as independent"
+
 --- b - a of two values with standard errors, taken for independent.
 local function add_with_errors(figures, figure, error_a, error_b)
   if figure.a and figure.b and error_a and error_b then
     local half = stats.normal_quantile(0.975) * math.sqrt(error_a ^ 2 + error_b ^ 2)
     figure.low, figure.high = figure.b - figure.a - half, figure.b - figure.a + half
-    figure.method = "normal, the runs taken as independent"
+    figure.method = INDEPENDENT
   end
   add(figures, figure)
 end
@@ -238,22 +240,68 @@ function by_kind.sweep(x, y, context)
   return figures
 end
 
+--- The windows that both runs predicted, as one list of values a name and run; nil where rows are not at hand
+--- or the text was not cut alike.
+local function paired_windows(x, y, context)
+  local p, q = x.protocol, y.protocol
+  if not (x.sha256 and x.sha256 == y.sha256 and p.context == q.context and p.bos == q.bos) then return nil end
+  local rows_a, rows_b = context.rows(1, x.set), context.rows(2, y.set)
+  if not (rows_a and rows_b) then return nil end
+  local a, b = {}, {}
+  for w = 1, math.min(#rows_a, #rows_b) do
+    for side, row in ipairs { rows_a[w], rows_b[w] } do
+      local lists = side == 1 and a or b
+      for name, values in pairs(row) do
+        lists[name] = lists[name] or {}
+        table.move(values, 1, #values, #lists[name] + 1, lists[name])
+      end
+    end
+  end
+  return #(a.reference or {}) > 1 and { a, b } or nil
+end
+
+--- Mean of b - a of the same predictions, and half its 95 % interval.
+local function paired_mean(windows, name)
+  local moved = {}
+  for i, value in ipairs(windows[1][name]) do moved[i] = windows[2][name][i] - value end
+  return stats.mean(moved), stats.normal_quantile(0.975) * stats.stderr(moved)
+end
+
+--- Perplexity of one model in both runs: of the windows that both predicted, else of all.
+local function perplexity_ratio(a, b, windows, name)
+  if windows then
+    local log_ratio, half = paired_mean(windows, name)
+    return { a = math.exp(stats.mean(windows[1][name])), b = math.exp(stats.mean(windows[2][name])),
+      value = math.exp(log_ratio), low = math.exp(log_ratio - half), high = math.exp(log_ratio + half),
+      method = ("normal, of the %d predictions that both made"):format(#windows[1][name]) }
+  end
+  -- d ln PPL = dPPL / PPL
+  local half = stats.normal_quantile(0.975) * math.sqrt((a.stderr / a.value) ^ 2 + (b.stderr / b.value) ^ 2)
+  local log_ratio = math.log(b.value / a.value)
+  return { a = a.value, b = b.value, low = math.exp(log_ratio - half), high = math.exp(log_ratio + half),
+    method = INDEPENDENT }
+end
+
 function by_kind.perplexity(x, y, context)
-  local figures, a, b = json.array(), x.summary, y.summary
+  local figures, a, b, windows = json.array(), x.summary, y.summary, paired_windows(x, y, context)
   for m, name in ipairs { "reference", "test" } do
-    local of = label_of(context.labels[1][m], context.labels[2][m])
-    local figure = { of = of, name = "perplexity", a = a[name].value, b = b[name].value, change = "ratio" }
-    -- d ln PPL = dPPL / PPL
-    local half = stats.normal_quantile(0.975)
-      * math.sqrt((a[name].stderr / a[name].value) ^ 2 + (b[name].stderr / b[name].value) ^ 2)
-    local log_ratio = math.log(figure.b / figure.a)
-    figure.low, figure.high = math.exp(log_ratio - half), math.exp(log_ratio + half)
-    figure.method = "normal, the runs taken as independent"
+    local figure = perplexity_ratio(a[name], b[name], windows, name)
+    figure.of = label_of(context.labels[1][m], context.labels[2][m])
+    figure.name, figure.change = "perplexity", "ratio"
     add(figures, figure)
   end
-  for _, name in ipairs { "log_ratio", "kl", "delta_p", "same_top" } do
-    add_with_errors(figures, { of = context.pair, name = name, a = a[name].value, b = b[name].value },
-      a[name].stderr, b[name].stderr)
+  for _, names in ipairs { { "kl", "kl" }, { "delta_p", "delta_p" }, { "same_top", "same" } } do
+    local name, list = table.unpack(names)
+    local figure = { of = context.pair, name = name, a = a[name].value, b = b[name].value }
+    if windows then
+      local value, half = paired_mean(windows, list)
+      figure.a, figure.b = stats.mean(windows[1][list]), stats.mean(windows[2][list])
+      figure.value, figure.low, figure.high = value, value - half, value + half
+      figure.method = figures[1].method
+      add(figures, figure)
+    else
+      add_with_errors(figures, figure, a[name].stderr, b[name].stderr)
+    end
   end
   return figures
 end
@@ -303,8 +351,8 @@ local function warn_of_shared_rows(result, a, b, x, y)
   for _, part in ipairs(y.outcomes or { y }) do if part.set then others[part.set] = true end end
   for _, part in ipairs(x.outcomes or { x }) do
     if others[part.set or false] then
-      table.insert(result.warnings, ("%s: both runs consist of the same rows of the store; another "
-        .. "--output_path has them computed anew"):format(part.task or x.kind))
+      table.insert(result.warnings, ("%s: the runs share rows of the store; with another "
+        .. "--output_path they are computed anew"):format(part.task or x.kind))
     end
   end
 end

@@ -136,14 +136,14 @@ describe("qlua compare", function()
     assert.is_nil(out:find("\27", 1, true))
   end)
 
-  it("says when both runs consist of the same rows", function()
+  it("says when runs share their rows", function()
     local folder = support.folder()
     mmlu(folder, 1, 3, all_right)
     mmlu(folder, 1, 3, all_right, function(doc) doc.options.limit = 1 end)
     local out = qlua("compare", "1", "2", "--output_path", folder)
-    assert.truthy(out:find("mmlu_s: both runs consist of the same rows of the store", 1, true), out)
+    assert.truthy(out:find("mmlu_s: the runs share rows of the store", 1, true), out)
     mmlu(folder, 1, 3, all_right)
-    assert.is_nil(qlua("compare", "1", "3", "--output_path", folder):find("same rows", 1, true))
+    assert.is_nil(qlua("compare", "1", "3", "--output_path", folder):find("share rows", 1, true))
   end)
 
   it("pairs words per minute and metrics by question too", function()
@@ -320,18 +320,47 @@ describe("compare.runs", function()
     assert.equal(3.0, f.high)
   end)
 
-  it("compares perplexities as a ratio and the figures beside them", function()
-    local function section(ppl, kl)
-      local function f(value, stderr) return { value = value, stderr = stderr } end
-      return { kind = "perplexity", text = "t", summary = { reference = f(10, 0.1), test = f(ppl, 0.2),
-        log_ratio = f(math.log(ppl / 10), 0.01), kl = f(kl, 0.001), delta_p = f(0.0, 0.01),
+  --- A perplexity section, and its windows of predictions where there are any.
+  local function text_section(ppl, kl)
+    local function f(value, stderr) return { value = value, stderr = stderr } end
+    return { kind = "perplexity", text = "t", sha256 = "ab", set = "k", protocol = { context = 8 },
+      summary = { reference = f(10, 0.1), test = f(ppl, 0.2), kl = f(kl, 0.001), delta_p = f(0.0, 0.01),
         same_top = f(0.9, 0.01) } }
-    end
-    local result = assert(compare.runs(sides { section(11, 0.1), section(12, 0.2) }))
+  end
+
+  it("compares perplexities as a ratio and the figures beside them", function()
+    local result = assert(compare.runs(sides { text_section(11, 0.1), text_section(12, 0.2) }))
     local f = figure(result, "perplexity", "nf4")
     local half = stats.normal_quantile(0.975) * math.sqrt((0.2 / 11) ^ 2 + (0.2 / 12) ^ 2)
     assert.is_true(math.abs(f.value - 12 / 11) < 1e-12)
     assert.is_true(math.abs(math.log(f.high / f.low) - 2 * half) < 1e-12)
     assert.is_true(math.abs(figure(result, "kl").value - 0.1) < 1e-12)
+  end)
+
+  it("pairs the predictions of the windows that both runs had", function()
+    local function windows(count, more)
+      local list = {}
+      for w = 1, count do
+        list[w] = { reference = { 1.0, 2.0 * w }, test = { 1.0 + more, 2.0 * w + more },
+          kl = { 0.1, 0.3 + more }, delta_p = { 0.0, more }, same = { 1, 0 } }
+      end
+      return list
+    end
+    local rows = { windows(3, 0.0), windows(5, 0.5) }
+    local result = assert(compare.runs(sides({ text_section(11, 0.1), text_section(12, 0.2) }, rows)))
+    local f = figure(result, "perplexity", "nf4")
+    assert.is_true(math.abs(f.a - math.exp((3 + 12) / 6)) < 1e-9)
+    assert.is_true(math.abs(f.value - math.exp(0.5)) < 1e-12)
+    assert.is_true(math.abs(f.high - f.low) < 1e-9) -- every prediction moved alike
+    local kl = figure(result, "kl")
+    assert.is_true(math.abs(kl.value - 0.25) < 1e-12)
+    local half = stats.normal_quantile(0.975) * stats.stderr { 0, 0.5, 0, 0.5, 0, 0.5 }
+    assert.is_true(math.abs(kl.high - kl.value - half) < 1e-12)
+    assert.equal(0.0, figure(result, "same_top").value)
+    -- another text
+    local other = text_section(12, 0.2)
+    other.sha256 = "cd"
+    result = assert(compare.runs(sides({ text_section(11, 0.1), other }, rows)))
+    assert.is_true(math.abs(figure(result, "perplexity", "nf4").value - 12 / 11) < 1e-12)
   end)
 end)
