@@ -41,8 +41,8 @@ local function memory_card(m, labels)
   return card("Memory", { h.p { class = "fig", parts.figure("card/memory", m.saved, (less and "−" or "+")
       .. tables.bytes(math.abs(m.saved))), " ", h.small { ("%.0f %% %s"):format(100 * math.abs(m.share),
       less and "less" or "more") } },
-    h.p { ("%s %s. Counted, not sampled."):format(m.what:gsub("^%l", string.upper), m.batch and m.where
-      or "") },
+    h.p { ("%s%s. Counted, not sampled."):format(m.what:gsub("^%l", string.upper), m.batch
+      and " " .. m.where or "") },
     bars("card-memory", labels, { m.full, m.quantized }, { tables.bytes(m.full), tables.bytes(m.quantized) },
       "Memory") })
 end

@@ -144,7 +144,7 @@ local function quantiles(section, id)
   local y = svg.log(low, high, bottom, top, 10)
   local columns, line, body = svg.columns(#list, LEFT, RIGHT), {}, { svg.left_axis(y, LEFT, RIGHT,
     parts.tick),
-    svg.text(LEFT, 14, "KL from the full model, nats, logarithmic: quantiles over predictions",
+    svg.text(LEFT, 14, "KL quantiles over predictions, nats (logarithmic)",
       { class = "a" }) }
   for i, p in ipairs(list) do
     line[i] = { columns.at(i), y.at(p.value) }

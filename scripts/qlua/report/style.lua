@@ -93,7 +93,7 @@ summary{cursor:pointer}
 .t0{background:color-mix(in srgb,var(--soft) calc(var(--s)*34%),transparent)}
 .t1{background:color-mix(in srgb,var(--full) calc(12% + var(--s)*70%),transparent)}
 .t2{background:color-mix(in srgb,var(--quant) calc(12% + var(--s)*70%),transparent)}
-.big{display:flex;gap:36px;font-size:2rem;font-weight:650;letter-spacing:-.02em;margin:.5rem 0}
+.big{display:flex;flex-wrap:wrap;gap:12px 36px;font-size:2rem;font-weight:650;letter-spacing:-.02em;margin:.5rem 0}
 .big span span{display:block}.big small{font-size:.9rem;font-weight:400;letter-spacing:0;color:var(--soft)}
 .c1{border-left:4px solid var(--full);padding-left:12px}.c2{border-left:4px dashed var(--quant);
 padding-left:12px}
@@ -148,7 +148,8 @@ footer{color:var(--soft);font-size:.84rem;padding-top:2.4rem;padding-bottom:3rem
 .rule{border-left:0;border-top:1px solid var(--rule);padding:14px 0 0}}
 @media (max-width:640px){main,header,footer{padding-left:14px;padding-right:14px}.cards,.two-up{
 grid-template-columns:minmax(0,1fr)}.verdict{padding:16px}.chart{padding:14px 12px 8px}h1{font-size:1.5rem}
-.verdict h2{font-size:1.6rem}.q>summary{flex-wrap:wrap}.qt{flex-basis:100%;order:3}.two td,
+.verdict h2{font-size:1.6rem}svg text{font-size:13px}
+svg .a,svg .v{font-size:12px}.q>summary{flex-wrap:wrap}.qt{flex-basis:100%;order:3}.two td,
 .two th{padding:.35em .4em}}
 @media print{:root{color-scheme:light;--paper:#fff;--card:#fff;--ink:#000;--soft:#444;--rule:#bbb;
 --grid:#ddd;--good:#1f7a4d;
@@ -156,6 +157,6 @@ grid-template-columns:minmax(0,1fr)}.verdict{padding:16px}.chart{padding:14px 12
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 main,header,footer{max-width:none;padding:0}nav,.skip,.browser fieldset,.browser label{display:none}
 .chart,.card,.verdict,.box,.q,tr{break-inside:avoid}h2,h3{break-after:avoid}pre{max-height:none}
-.verdict{grid-template-columns:3fr 2fr}.cards{grid-template-columns:repeat(3,1fr)}
-.charts,.side{grid-template-columns:1fr 1fr}.data:not([open]){display:none}}
+.verdict{grid-template-columns:minmax(0,3fr) minmax(0,2fr)}.cards{grid-template-columns:repeat(3,minmax(0,1fr))}
+.charts,.side{grid-template-columns:repeat(2,minmax(0,1fr))}.data:not([open]){display:none}}
 ]]

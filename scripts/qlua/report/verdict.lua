@@ -358,7 +358,7 @@ local function decide(v, margin, fair)
   if widest.guessing then
     return "open", "The full model is not shown to beat guessing on these questions, so they cannot tell."
   end
-  return "open", ("It %s; a loss of more than %g point%s is not shown, and not ruled out."):format(
+  return "open", ("It %s; a loss of more than %g point%s is neither shown nor ruled out."):format(
     saved_what,
     margin, margin == 1 and "" or "s")
 end
