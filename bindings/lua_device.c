@@ -106,8 +106,16 @@ static void set_size(lua_State *L, const char *key, size_t value)
     lua_setfield(L, -2, key);
 }
 
+/* A counter that is below zero where it is not known. */
+static void set_counter(lua_State *L, const char *key, double value)
+{
+    if (value < 0) return;
+    lua_pushnumber(L, value);
+    lua_setfield(L, -2, key);
+}
+
 /* device:info() -> {name, hardware, isa, numerics, memory_total, memory_free}; on the CPU also threads, on
- * CUDA driver and, where they are known, clock_mhz and energy_joules */
+ * CUDA driver and, where they are known, clock_mhz, neighbours, energy_joules and throttled_seconds */
 static int device_info(lua_State *L)
 {
     ql_device *dev = qlua_device_check(L, 1);
@@ -124,10 +132,9 @@ static int device_info(lua_State *L)
     set_size(L, "memory_free", info.memory_free);
     if (info.threads > 0) set_size(L, "threads", (size_t)info.threads);
     if (info.clock_mhz > 0) set_size(L, "clock_mhz", (size_t)info.clock_mhz);
-    if (info.energy_joules >= 0) {
-        lua_pushnumber(L, info.energy_joules);
-        lua_setfield(L, -2, "energy_joules");
-    }
+    if (info.neighbours >= 0) set_size(L, "neighbours", (size_t)info.neighbours);
+    set_counter(L, "energy_joules", info.energy_joules);
+    set_counter(L, "throttled_seconds", info.throttled_seconds);
     return 1;
 }
 

@@ -16,7 +16,7 @@
 #include "matrix.h"
 #include "tensor.h"
 
-#define QL_BACKEND_ABI 3
+#define QL_BACKEND_ABI 4
 
 /* Which kernels products and attention may take. INVARIANT: tile and split are fixed, so that a row's bits do
  * not depend on its batch. FAST: they may depend on the number of tokens. The CPU is always invariant. */
@@ -36,6 +36,8 @@ typedef struct {
     size_t memory_process;            /* device bytes this process holds (NVML); 0: not known */
     double energy_joules;             /* the device's counter, since the driver was loaded; < 0: not known */
     int clock_mhz;                    /* current clock of the multiprocessors; 0: not known */
+    double throttled_seconds;         /* in which heat held its clock down, a counter too; < 0: not known */
+    int neighbours;                   /* other processes that may compute on it; < 0: not known */
     ql_numerics numerics;
 } ql_device_info;
 

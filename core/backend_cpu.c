@@ -113,7 +113,11 @@ static ql_status cpu_info(void *ctx, ql_device_info *out, ql_err *err)
 {
     (void)err;
     const cpu_context *c = ctx;
-    *out = (ql_device_info){.threads = c->threads, .energy_joules = -1, .numerics = QL_NUMERICS_INVARIANT};
+    *out = (ql_device_info){.threads = c->threads,
+                            .energy_joules = -1,
+                            .throttled_seconds = -1,
+                            .neighbours = -1,
+                            .numerics = QL_NUMERICS_INVARIANT};
     ql_process_cpu_name(out->name, sizeof out->name);
     snprintf(out->isa, sizeof out->isa, "%s", c->qk->isa);
     out->memory_total = ql_process_memory_total();

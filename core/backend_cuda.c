@@ -197,7 +197,8 @@ static ql_status cuda_info(void *ctx, ql_device_info *out, ql_err *err)
 {
     ql_cuda *c = ctx;
     QL_TRY(ql_cuda_enter(c, err));
-    *out = (ql_device_info){.energy_joules = -1, .numerics = c->numerics};
+    *out = (ql_device_info){
+        .energy_joules = -1, .throttled_seconds = -1, .neighbours = -1, .numerics = c->numerics};
     struct cudaDeviceProp properties;
     QL_CUDA(cudaGetDeviceProperties(&properties, c->index), "cudaGetDeviceProperties");
     snprintf(out->name, sizeof out->name, "%.95s", properties.name);

@@ -159,7 +159,7 @@ void ql_cuda_memory_close(ql_cuda *c);
 
 /* ---- NVML, loaded when asked (backend_cuda_nvml.c) ---- */
 
-/* Fills memory_process, energy_joules and clock_mhz where the driver tells. */
+/* Fills memory_process, neighbours, energy_joules, clock_mhz and throttled_seconds where the driver tells. */
 void ql_cuda_nvml_info(const ql_cuda *c, ql_device_info *out);
 
 /* ---- cuBLASLt, loaded when first needed (backend_cuda_blas.c) ---- */

@@ -22,8 +22,6 @@ fairness.OTHERS = 0.10
 fairness.STALLED = 0.01
 --- Share of the time in which a quota may hold the process back.
 fairness.QUOTA = 0.01
---- Bytes that other processes may hold on a device: the hundreds of MiB of a desktop do not compute.
-fairness.NEIGHBOURS = 1 << 30
 --- Change of speed from the first to the last third of the passes: half of what differences of clocks between
 --- two devices of one kind come to.
 fairness.DRIFT = 0.05
@@ -94,7 +92,8 @@ local function bytes(n) return table_text.bytes(n) end
 ---@field stored string?     type of the full model's checkpoint
 ---@field sections table[]
 ---@field rows { reused: integer, ran: integer }?
----@field load table         qlua.machine_load, and of another device than the CPU: neighbours, clock_mhz
+---@field load table         qlua.machine_load, and of another device than the CPU neighbours (other processes
+---  that may compute there), throttled_seconds (of heat), device_mhz (at both ends), where its driver tells
 
 --- One function a check; gives text, ok and the reason, or nothing where it does not apply.
 local checks = {}
@@ -259,10 +258,11 @@ function checks.device(facts)
   local load = facts.load
   if facts.device.name == "cpu" then return nil end
   if not load.neighbours then return "others on the device: not known, its driver does not tell" end
-  local text = ("others hold %s of the device's memory"):format(bytes(load.neighbours))
-  if load.neighbours > fairness.NEIGHBOURS then
-    return text, false, ("other processes hold %s on %s, and may compute there too"):format(
-      bytes(load.neighbours), facts.device.name)
+  local text = ("%d other%s may compute on it"):format(load.neighbours,
+    load.neighbours == 1 and " process" or " processes")
+  if load.neighbours > 0 then
+    return text, false, ("%s shared %s, which is not divided as processors are"):format(
+      plural(load.neighbours, "other program"), facts.device.name)
   end
   return text, true
 end
@@ -275,7 +275,13 @@ function checks.clock(facts)
     return at or "slowed down for heat", false,
       ("the processors were slowed down for heat %s"):format(plural(load.throttled, "time"))
   end
-  if load.throttled then return (at and at .. ", " or "") .. "not slowed down for heat", true end
+  if (load.throttled_seconds or 0) > 0 then
+    return at or "slowed down for heat", false, ("heat held the clock of %s down for %.1f s"):format(
+      facts.device.name, load.throttled_seconds)
+  end
+  if load.throttled or load.throttled_seconds then
+    return (at and at .. ", " or "") .. "not slowed down for heat", true
+  end
   return at or "not told by this system"
 end
 
@@ -420,9 +426,16 @@ local function stored_type(run)
   return outline and outline:info().dtype
 end
 
---- Bytes of a device that other processes hold: what is in use and not ours; nil where ours is not known.
-local function neighbours(memory)
-  return memory and memory.process and math.max(0, memory.total - memory.free - memory.process) or nil
+--- Adds what the driver of another device than the CPU tells; from, to: device:info().
+local function add_device(load, from, to)
+  if not (from and to) then return end -- it failed
+  if from.neighbours and to.neighbours then load.neighbours = math.max(from.neighbours, to.neighbours) end
+  if from.throttled_seconds and to.throttled_seconds then
+    load.throttled_seconds = to.throttled_seconds - from.throttled_seconds
+  end
+  if from.clock_mhz and to.clock_mhz then
+    load.device_mhz = json.array { from.clock_mhz, to.clock_mhz }
+  end
 end
 
 ---@class qlua.fairness_recorder
@@ -434,9 +447,8 @@ recorder.__index = recorder
 ---@param root? string  see qlua.machine
 ---@return qlua.fairness_recorder
 function fairness.begin(run, root)
-  local self = setmetatable({ run = run, root = root, from = machine.state(root) }, recorder)
-  self.device_from = run.device:info()
-  return self
+  return setmetatable({ run = run, root = root, device = run.device:info(), from = machine.state(root) },
+    recorder)
 end
 
 --- What the run did to the comparison. Sweeps among the sections are given their drift.
@@ -445,11 +457,7 @@ end
 ---@return { checks: qlua.check[], load: qlua.machine_load }
 function recorder:finish(sections, rows)
   local run, load = self.run, machine.load(self.from, machine.state(self.root))
-  local device = run.device:info()
-  if run.hardware.name ~= "cpu" then load.neighbours = neighbours(run.device:memory()) end
-  if device and self.device_from and device.clock_mhz and self.device_from.clock_mhz then
-    load.device_mhz = json.array { self.device_from.clock_mhz, device.clock_mhz }
-  end
+  add_device(load, self.device, (run.device:info()))
   if load.mhz then load.mhz = json.array(load.mhz) end
   local models, labels = {}, run.labels or { "full" }
   for i, model in ipairs { run.full, run.test } do

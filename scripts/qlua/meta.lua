@@ -106,6 +106,8 @@ local device = {}
 ---@field memory_free integer   bytes
 ---@field clock_mhz integer?    CUDA, where the driver tells
 ---@field energy_joules number? CUDA, where the driver tells: since it was loaded
+---@field throttled_seconds number?  the same: in which heat held its clock down
+---@field neighbours integer?   CUDA, where the driver tells: other processes that may compute on it
 
 ---@return qlua.device_info?, qlua.failure?
 function device:info() end

@@ -11,6 +11,7 @@
 #include "backend.h"
 #include "ops.h"
 
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -115,6 +116,35 @@ static void test_a_missing_device_is_explained(void **state)
     refused("cuda", "devices=0", QL_ERR_DEVICE, "sees none");
     refused("cuda:3", "devices=2", QL_ERR_DEVICE, "2");
     refused("cuda", "sm=70", QL_ERR_UNSUPPORTED, "compute capability 7.0, 7.5 is needed");
+}
+
+static ql_device_info told(const char *processes)
+{
+    ql_device_info info;
+    ql_device *dev = open_device("cuda");
+    setenv("QLUA_EMU_NVML", processes, 1);
+    assert_int_equal(dev->backend->info(dev->ctx, &info, NULL), QL_OK);
+    unsetenv("QLUA_EMU_NVML");
+    ql_device_release(dev);
+    return info;
+}
+
+static void test_the_driver_tells_who_uses_a_device(void **state)
+{
+    (void)state;
+    ql_device_info info = told("0"); /* as in most containers */
+    assert_int_equal(info.neighbours, -1);
+    assert_int_equal(info.memory_process, 0);
+    assert_int_equal(info.clock_mhz, 1410);
+    assert_true(info.energy_joules == 5.5);
+    assert_true(info.throttled_seconds == 2.5);
+    info = told("3 mine");
+    assert_int_equal(info.neighbours, 2);
+    assert_int_equal(info.memory_process, 4096);
+    info = told("2"); /* numbers of another namespace */
+    assert_int_equal(info.neighbours, 1);
+    assert_int_equal(info.memory_process, 0);
+    assert_int_equal(told("1 mine").neighbours, 0);
 }
 
 static void test_out_of_memory_is_survived(void **state)
@@ -225,6 +255,7 @@ int main(void)
 #ifdef QLUA_EMULATED_PLUGIN
     setenv("QLUA_CUDA_PLUGIN", QLUA_EMULATED_PLUGIN, 0);
     setenv("QLUA_CUBLASLT", QLUA_EMULATED_CUBLASLT, 1);
+    if (!dlopen(QLUA_EMULATED_NVML, RTLD_NOW)) return 1;
 #endif
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_copies_larger_than_the_staging_buffers),
@@ -232,6 +263,7 @@ int main(void)
         cmocka_unit_test(test_a_ceiling_is_measured),
 #ifdef QLUA_EMULATED_PLUGIN
         cmocka_unit_test(test_a_missing_device_is_explained),
+        cmocka_unit_test(test_the_driver_tells_who_uses_a_device),
         cmocka_unit_test(test_out_of_memory_is_survived),
         cmocka_unit_test(test_a_launch_that_is_refused_names_its_operation),
         cmocka_unit_test(test_a_fault_is_reported_once_and_the_device_refused),

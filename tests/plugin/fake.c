@@ -91,6 +91,8 @@ static ql_status fake_info(void *ctx, ql_device_info *out, ql_err *err)
     out->memory_process = in_use;
     out->clock_mhz = 1980;
     out->energy_joules = 12.5;
+    out->throttled_seconds = 0.25;
+    out->neighbours = 2;
     return QL_OK;
 }
 

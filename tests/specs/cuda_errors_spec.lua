@@ -78,11 +78,14 @@ describe("a CUDA plug-in", function()
   it("lists its devices, and says of one that cannot be opened why", function()
     local code <const> = [[
       local devices, missing = require("qlua").devices()
-      for _, d in ipairs(devices) do print(d.name, d.hardware, d.driver, d.clock_mhz, d.energy_joules) end
+      for _, d in ipairs(devices) do
+        print(d.name, d.hardware, d.driver, d.clock_mhz, d.energy_joules, d.throttled_seconds, d.neighbours)
+      end
       print(missing)
     ]]
     local text = output(code, fake "devices=2")
-    holds(text, "cuda:0\tImaginary GPU\tdriver 13.0, runtime 13.0\t1980\t12.5\n", "cuda:1\tImag", "nil\n")
+    holds(text, "cuda:0\tImaginary GPU\tdriver 13.0, runtime 13.0\t1980\t12.5\t0.25\t2\n",
+      "cuda:1\tImag", "nil\n")
     text = output(code, fake "devices=1 refuse=1")
     assert.is_nil(text:find("Imaginary", 1, true))
     holds(text, "cuda:0 is an sm_70: qlua needs sm_75")

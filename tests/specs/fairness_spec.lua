@@ -4,6 +4,7 @@
 local device_methods = require "qlua.device"
 local fairness = require "qlua.fairness"
 local json = require "qlua.json"
+local lfs = require "lfs"
 local machine = require "qlua.machine"
 local support = require "tests.specs.support"
 
@@ -16,7 +17,7 @@ end
 --- Files of a machine with three processors, of which processes may use the last two.
 local function proc(root, m)
   local function put(path, text)
-    os.execute("mkdir -p '" .. root .. path:match "^(.*)/" .. "'")
+    for at in path:gmatch "()/" do lfs.mkdir(root .. path:sub(1, at - 1)) end
     support.write(root .. path, text)
   end
   put("proc/stat", ("cpu  9 9 9 9 9 9 9 9 9 9\ncpu0 7777 0 0 0 0 0 0 0 0 0\ncpu1 %d 10 %d %d 5 1 2 %d 40 0\n"
@@ -211,8 +212,11 @@ describe("a fair comparison", function()
   lights("load", { load = { others = 0.11 } }, "other processes took 11.0 % of the time of the 2 processors")
   lights("load", { load = { others = 0.2, stolen = 0.15 } }, "other machines on the same hardware")
   lights("load", { load = { quota = 0.02 } }, "a quota of processor time")
-  lights("device", { device = { name = "cuda:0" }, load = { neighbours = 3 << 30 } }, "3.0 GiB on cuda:0")
+  lights("device", { device = { name = "cuda:0" }, load = { neighbours = 2 } },
+    "2 other programs shared cuda:0")
   lights("clock", { load = { throttled = 3 } }, "slowed down for heat 3 times")
+  lights("clock", { device = { name = "cuda:0" }, load = { throttled_seconds = 0.25, device_mhz = { 1980,
+    1700 } } }, "heat held the clock of cuda:0 down for 0.2 s")
   lights("memory", { load = { swapped = 4096 } }, "4.0 KiB of this process were swapped out")
   lights("memory", { load = { stalled = 0.03 } }, "waited for memory during 3.0 %")
   lights("drift", { sections = { sweep { drift = fairness.drift(points(0.01)) } } }, "slower by")
