@@ -73,8 +73,7 @@ end
 
 local function trimmed(line) return (line:gsub(" +$", "")) end
 
---- Lines of { label, model, value, shown } under a heading, on one scale from 0 to `largest`. A row without
---- a
+--- Lines of { label, model, value, shown } under a heading, on one scale from 0 to `largest`. A row without a
 --- value has no bar, one that is a label only takes the whole line, an empty one is blank.
 ---@param heading string
 ---@param rows table[]
@@ -101,8 +100,8 @@ function plot.bars(heading, rows, largest, style)
     else
       local drawn = row[3] and bar(largest > 0 and row[3] / largest or 0, width, row[2], style)
         or (" "):rep(width)
-      lines[#lines + 1] = trimmed(("%s  %s  %s"):format(fitted(row[1], label_width), drawn, fitted(row[4],
-        shown_width)))
+      lines[#lines + 1] = trimmed(("%s  %s  %s"):format(fitted(row[1], label_width), drawn,
+        fitted(row[4], shown_width)))
     end
   end
   return table.concat(lines, "\n") .. "\n"

@@ -64,8 +64,8 @@ function report.same_pair(docs)
   for _, doc in ipairs(docs) do
     local a, b = first.facts or {}, doc.facts or {}
     if a.model_sha256 ~= b.model_sha256 or first.labels[2] ~= doc.labels[2] then
-      return nil, failure("argument", ("run %s (%s) and run %s (%s) are of different models"):format(
-        first.run,
+      return nil, failure("argument",
+        ("run %s (%s) and run %s (%s) are of different models"):format(first.run,
         first.labels[2], doc.run, doc.labels[2]), "make a report of each")
     end
   end

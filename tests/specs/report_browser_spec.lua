@@ -1,6 +1,6 @@
---- The report in a headless Chromium (Debian's package `chromium`): its figures in the DOM are the store's, its
---- filter works without a script of its own, nothing overlaps or leaves the page in any width, and every text
---- has enough contrast in light and dark. Skipped where there is no Chromium.
+--- The report in a headless Chromium (Debian's package `chromium`): its figures in the DOM are the store's,
+--- its filter works without a script of its own, nothing overlaps or leaves the page in any width, and every
+--- text has enough contrast in light and dark. Skipped where there is no Chromium.
 
 local documents = require "tests.specs.report_documents"
 local json = require "qlua.json"
@@ -45,13 +45,16 @@ local function study()
     script_sha256 = doc.script_sha256 })
   for i, o in ipairs(doc.sections[3].outcomes) do
     local list, ids, key = {}, {}, ("%064x"):format(i)
-    for q, row in ipairs(rows(doc, o.set)) do list[q], ids[q] = { tostring(q), json.encode(row) }, tostring(q) end
+    for q, row in ipairs(rows(doc, o.set)) do
+      list[q], ids[q] = { tostring(q), json.encode(row) }, tostring(q)
+    end
     o.set = key
     assert(store:set(key, "mmlu", "{}"))
     assert(store:put(doc.run, key, list))
     assert(store:use(doc.run, key, ids))
   end
-  assert(store:end_run(doc.run, { finished = doc.finished, status = "finished", document = json.encode(doc) }))
+  assert(store:end_run(doc.run, { finished = doc.finished, status = "finished",
+    document = json.encode(doc) }))
   local kept = assert(json.decode(assert(store:run(doc.run)).document))
   local path = folder .. "/report.html"
   assert(report.write({ kept }, store, path))
@@ -61,7 +64,8 @@ end
 --- Looks at the page in a frame of each width; what it finds becomes the text of its own page.
 local PROBE <const> = [[
 <!doctype html><meta charset="utf-8"><body><script>
-const found = { wide: [], outside: [], overlaps: [], pale: [], shown: {}, tabs: 0, dark: false, elements: 0 };
+const found = { wide: [], outside: [], overlaps: [], pale: [], shown: {}, tabs: 0, dark: false,
+  elements: 0 };
 function luminance(c) {
   const f = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   return 0.2126 * f(c[0]) + 0.7152 * f(c[1]) + 0.0722 * f(c[2]);
@@ -144,7 +148,8 @@ Promise.all(frames).then(list => {
 local function probe(page, flags)
   local path = page:gsub("[^/]*$", "probe.html")
   support.write(path, PROBE)
-  local dom = run(path, "--allow-file-access-from-files --virtual-time-budget=20000 --dump-dom " .. (flags or ""))
+  local dom = run(path, "--allow-file-access-from-files --virtual-time-budget=20000 --dump-dom "
+    .. (flags or ""))
   local text = assert(dom:match '<pre id="found">(.-)</pre>', "the probe did not end"):gsub("%%(%x%x)",
     function(hex) return string.char(tonumber(hex, 16)) end)
   return assert(json.decode(text))
@@ -186,7 +191,8 @@ describe("the report in Chromium", function()
       assert.same({}, found.overlaps)
       assert.same({}, found.pale)
       assert.equal(0, found.elements)
-      local f = { doc.sections[3].outcomes[1].comparison.flips, doc.sections[3].outcomes[2].comparison.flips }
+      local f = { doc.sections[3].outcomes[1].comparison.flips,
+        doc.sections[3].outcomes[2].comparison.flips }
       local function sum(name) return f[1][name] + f[2][name] end
       assert.same({ all = f[1].n + f[2].n, quantized = sum "right_wrong", full = sum "wrong_right",
         differ = sum "other_wrong", wrong = sum "same_wrong", right = sum "both_right" }, found.shown)

@@ -109,8 +109,8 @@ end
 local function metric(name, values, higher)
   local low, high = stats.bootstrap(values, { seed = 1, resamples = 500 })
   local row = stats.summary(values)
-  row.name, row.value, row.low, row.high, row.values, row.higher_is_better = name, row.mean, low, high,
-    values, higher
+  row.name, row.value, row.low, row.high, row.values, row.higher_is_better = name, row.mean,
+    low, high, values, higher
   return row
 end
 
@@ -137,10 +137,10 @@ end
 
 function documents.variants()
   local rows = {}
-  for i, v in ipairs { { "full", 16.06e9, 16, 0 }, { "int8", 9.1e9, 8.5, 0.0014 }, { "nf4", 5.5e9, 4.13,
-    0.031 },
-    { "nf4, float32 scales", 5.9e9, 4.5, 0.0308 }, { "fp4", 5.5e9, 4.13, 0.072 }, { "nf4, block 256", 5.4e9,
-      4.03,
+  for i, v in ipairs { { "full", 16.06e9, 16, 0 }, { "int8", 9.1e9, 8.5, 0.0014 }, { "nf4",
+    5.5e9, 4.13, 0.031 },
+    { "nf4, float32 scales", 5.9e9, 4.5, 0.0308 }, { "fp4", 5.5e9, 4.13, 0.072 },
+      { "nf4, block 256", 5.4e9, 4.03,
       0.036 } } do
     rows[i] = { label = v[1], bytes = math.floor(v[2]), bits = v[3], kernels = {},
       kl = { name = "kl_full_quantized", value = v[4], low = v[4] * 0.8, high = v[4] * 1.3, n = 163 },
@@ -174,8 +174,8 @@ end
 function documents.document(sections, fields)
   local doc = { format = 1, run = 3, name = "mmlu.lua", started = 1793000000, finished = 1793000600,
     status = "finished", command = { "qlua", "examples/mmlu.lua", "--model", "models/Llama-3-8B-Instruct" },
-    options = { model = "models/Llama-3-8B-Instruct" }, script_sha256 = ("a"):rep(64), labels = { "full",
-      "nf4" },
+    options = { model = "models/Llama-3-8B-Instruct" }, script_sha256 = ("a"):rep(64),
+      labels = { "full", "nf4" },
     facts = { qlua_version = "0.1.0", seed = 1, numerics = "fast", model_sha256 = ("b"):rep(64),
       device = { name = "cuda:0", hardware = "NVIDIA A100", isa = "sm_80", driver = "driver 13.0" },
       full = { dtype = "bfloat16", bytes = 16060522496, quant = { label = "bfloat16" } },
@@ -194,8 +194,8 @@ function documents.study(n)
   n = n or 163
   local scored, written = documents.rows(n, { seed = 11 }), documents.rows(79, { seed = 12, written = true,
     full = 0.57, keeps = 0.76 })
-  local one, two = documents.outcome("mmlu_virology", scored), documents.outcome("mmlu_virology_boxed",
-    written,
+  local one, two = documents.outcome("mmlu_virology", scored),
+    documents.outcome("mmlu_virology_boxed", written,
     { written = true })
   document.holm { one.comparison, two.comparison }
   local rows = { [one.set] = scored, [two.set] = written }

@@ -29,8 +29,7 @@ end
 local function asked(rows, options)
   local outcome = documents.outcome("mmlu_virology", rows, options)
   return documents.document { documents.sweep(), { kind = "mmlu", protocol = "sound",
-    outcomes = { outcome } } },
-    outcome
+    outcomes = { outcome } } }, outcome
 end
 
 --- Answers with given numbers of questions: both right, only full, only quantized, both wrong.
@@ -170,8 +169,8 @@ describe("the report", function()
     local doc, rows = documents.study()
     local html = report.html({ doc }, rows)
     assert.is_true(#html < BUDGET, #html)
-    assert.truthy(html:find("default-src 'none'", 1, true) or html:find("default-src &#39;none&#39;", 1,
-      true))
+    assert.truthy(html:find("default-src 'none'", 1, true)
+      or html:find("default-src &#39;none&#39;", 1, true))
     for _, never in ipairs { "<script", "<link", "<img", "<iframe", "@import", "url(", "http:", "https:",
       "javascript:", " on%a+=" } do
       assert.is_nil(html:lower():find(never), never)
@@ -309,7 +308,7 @@ describe("the report", function()
     local n <const>, wrong = 14042, 0
     for i = 1, 57 do
       local rows = documents.rows(i < 57 and 246 or n - 56 * 246, { seed = i })
-      outcomes[i] = documents.outcome("mmlu_subject_" .. i, rows)
+      outcomes[i] = documents.outcome("mmlu_subject_" .. i, rows, { uncontrolled = true })
       by_set[outcomes[i].set] = rows
       wrong = wrong + outcomes[i].comparison.flips.right_wrong
     end
@@ -389,8 +388,8 @@ describe("qlua report", function()
     for _, section in ipairs(doc.sections) do
       for _, o in ipairs(section.outcomes or {}) do
         local list, ids = {}, {}
-        for i, row in ipairs(rows_of(doc, o.set)) do list[i], ids[i] = { tostring(i), json.encode(row) },
-          tostring(i) end
+        for i, row in ipairs(rows_of(doc, o.set)) do list[i], ids[i] = { tostring(i),
+          json.encode(row) }, tostring(i) end
         o.set = ("%064x"):format(#o.task)
         assert(store:set(o.set, "mmlu", "{}"))
         assert(store:put(run, o.set, list))
@@ -412,17 +411,15 @@ describe("qlua report", function()
     do
       local store <close> = assert(store_module.open(folder .. "/qlua.sqlite"))
       enter(store, documents.document({ documents.sweep() }, { name = "batch_sweep.lua",
-        started = 1792990000 }),
-        rows)
+        started = 1792990000 }), rows)
       enter(store, documents.document({ documents.sweep() }, { name = "jaccard.lua", labels = { "full",
-        "fp4" } }),
-        rows)
+        "fp4" } }), rows)
       enter(store, doc, rows)
     end
     output, ok = command("--output_path " .. folder)
     assert.is_true(ok, output)
-    assert.truthy(output:find("run 1 (batch_sweep.lua)", 1, true) and output:find("run 3 (mmlu.lua)", 1,
-      true))
+    assert.truthy(output:find("run 1 (batch_sweep.lua)", 1, true)
+      and output:find("run 3 (mmlu.lua)", 1, true))
     assert.is_nil(output:find("run 2", 1, true))
     local html = support.read(folder .. "/report.html")
     assert.truthy(html:find("Runs 1, 3", 1, true))
@@ -442,8 +439,8 @@ end)
 describe("plot", function()
   local function widest(drawn)
     local most = 0
-    for line in drawn:gmatch "[^\n]+" do most = math.max(most, text.width((line:gsub("\27%[[%d;]*m",
-      "")))) end
+    for line in drawn:gmatch "[^\n]+" do most = math.max(most,
+      text.width((line:gsub("\27%[[%d;]*m", "")))) end
     return most
   end
 

@@ -68,8 +68,7 @@ end
 table.sort(found, by_age)
 for i, run in ipairs(found) do docs[i], by_document[run.document] = run.document, run end
 
-local folder = lfs.attributes(opts.output_path, "mode") == "file" and (opts.output_path:match "^(.*)/"
-  or ".")
+local folder = lfs.attributes(opts.output_path, "mode") == "file" and (opts.output_path:match "^(.*)/" or ".")
   or opts.output_path
 local path = opts.output or folder:gsub("(.)/+$", "%1") .. "/report.html"
 must(report.save(docs, function(doc, set)

@@ -125,13 +125,12 @@ local function contingency(entry, labels)
   local wrong = f.same_wrong + f.other_wrong
   return h.div { class = "pair", h.table { class = "two", h.caption { entry.name },
     h.thead { h.tr { h.td {}, h.th { scope = "col", class = "n", labels[2] .. " right" },
-      h.th { scope = "col", class = "n", labels[2] .. " wrong" } } },
-    h.tbody {
-      h.tr { h.th { scope = "row", labels[1] .. " right" }, square(key .. "/both_right", f.both_right, f.n,
-        "t0"),
+      h.th { scope = "col", class = "n", labels[2] .. " wrong" } } }, h.tbody {
+      h.tr { h.th { scope = "row", labels[1] .. " right" }, square(key .. "/both_right",
+        f.both_right, f.n, "t0"),
         square(key .. "/right_wrong", f.right_wrong, f.n, "t1") },
-      h.tr { h.th { scope = "row", labels[1] .. " wrong" }, square(key .. "/wrong_right", f.wrong_right, f.n,
-        "t2"),
+      h.tr { h.th { scope = "row", labels[1] .. " wrong" }, square(key .. "/wrong_right",
+        f.wrong_right, f.n, "t2"),
         square(key .. "/both_wrong", wrong, f.n, "t0") } } },
     h.p { class = "note", "Exact McNemar ", parts.figure(key .. "/mcnemar_p", c.mcnemar_p,
       stats.p_text(c.mcnemar_p)), (" on %d against %d. "):format(f.right_wrong, f.wrong_right),
@@ -172,8 +171,8 @@ local function pace_table(outcomes)
         o.output_type == "generate_until" and parts.cell(model.cut or 0) or { text = "–" } }
     end
   end
-  return parts.grid("Pace of answering", { "task", "model", "words/min", "prefill tok/s", "decode tok/s",
-    "seconds",
+  return parts.grid("Pace of answering", { "task", "model", "words/min", "prefill tok/s",
+    "decode tok/s", "seconds",
     "no letter", "cut off" }, rows)
 end
 
@@ -192,8 +191,7 @@ local function metrics_table(outcomes)
   end
   if #rows == 0 or #rows > 60 then return nil end
   return parts.grid("Logits at the answer", { "task", "metric", "mean [95 % bootstrap]", "median",
-    "full v full" },
-    rows)
+    "full v full" }, rows)
 end
 
 --- The accuracy chart of all mmlu sections, with the tables that belong to it.
@@ -206,8 +204,7 @@ function accuracy.chart(sections, pools, labels)
   local rows = drawn(outcomes, pools)
   local lead = "Share of right answers with its 95 % interval (Wilson)."
   if #outcomes > DRAWN then
-    lead = lead .. (" Of %d tasks the %d that differ most are drawn; all are in the table."):format(
-      #outcomes,
+    lead = lead .. (" Of %d tasks the %d that differ most are drawn; all are in the table."):format(#outcomes,
       DRAWN)
   end
   local notes = {}

@@ -24,9 +24,8 @@ local function bars(id, labels, values, texts, description)
       svg.text(WIDTH, y + 10, texts[m], { ["text-anchor"] = "end", class = "v" }),
       svg.rect(0, y + 15, WIDTH * values[m] / largest, 7, ("s%d1"):format(m)) }
   end
-  return svg.picture(id, 53, description, ("%s: %s; %s: %s"):format(labels[1], texts[1], labels[2],
-    texts[2]), body,
-    WIDTH)
+  return svg.picture(id, 53, description, ("%s: %s; %s: %s"):format(labels[1], texts[1],
+    labels[2], texts[2]), body, WIDTH)
 end
 
 local function card(name, body) return h.section { class = "card", h.h2 { name }, body } end
@@ -43,8 +42,8 @@ local function memory_card(m, labels)
       less and "less" or "more") } },
     h.p { ("%s%s. Counted, not sampled."):format(m.what:gsub("^%l", string.upper), m.batch
       and " " .. m.where or "") },
-    bars("card-memory", labels, { m.full, m.quantized }, { tables.bytes(m.full), tables.bytes(m.quantized) },
-      "Memory") })
+    bars("card-memory", labels, { m.full, m.quantized }, { tables.bytes(m.full),
+      tables.bytes(m.quantized) }, "Memory") })
 end
 
 local function seconds_text(seconds)
@@ -54,12 +53,11 @@ end
 
 local function speed_card(s, labels)
   if not s then return missing("Speed", "Batch sizes were not measured in this report.") end
-  return card("Speed", { h.p { class = "fig", parts.figure("card/speed", s.ratio, ("%.2f×"):format(s.ratio)),
-    " ",
+  return card("Speed", { h.p { class = "fig", parts.figure("card/speed", s.ratio,
+    ("%.2f×"):format(s.ratio)), " ",
       h.small { s.slower and "as fast: slower" or "as fast" } },
     h.p { s.low and { "95 % ", h.span { class = "num", ["data-low"] = s.low, ["data-high"] = s.high,
-        ("[%.2f, %.2f]"):format(s.low, s.high) }, (" over %d rounds at batch %d."):format(s.rounds,
-          s.batch) }
+        ("[%.2f, %.2f]"):format(s.low, s.high) }, (" over %d rounds at batch %d."):format(s.rounds, s.batch) }
       or ("Median at batch %d; too few rounds for an interval."):format(s.batch) },
     bars("card-speed", labels, { s.full.median, s.quantized.median }, { seconds_text(s.full.median),
       seconds_text(s.quantized.median) }, "Median seconds of a pass") })
@@ -72,8 +70,8 @@ local function differences(pools, margin)
     100 * pool.high) end
   local x = svg.linear(low, high, 10, WIDTH - 10, 5)
   local bottom = 14 + 18 * #pools
-  local body = { svg.rect(x.at(-margin), 0, x.at(0) - x.at(-margin), bottom, "band"), svg.bottom_axis(x, 0,
-    bottom,
+  local body = { svg.rect(x.at(-margin), 0, x.at(0) - x.at(-margin), bottom, "band"),
+    svg.bottom_axis(x, 0, bottom,
     parts.tick), svg.line(x.at(0), 0, x.at(0), bottom, "peak") }
   local texts = {}
   for i, pool in ipairs(pools) do

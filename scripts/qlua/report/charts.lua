@@ -68,8 +68,8 @@ local function latency_table(sizes, map)
       end
     end
   end
-  return parts.grid("Latency by batch size", { "batch", "model", "tokens", "median ms", "p10", "p90", "min",
-    "max",
+  return parts.grid("Latency by batch size", { "batch", "model", "tokens", "median ms",
+    "p10", "p90", "min", "max",
     "passes" }, rows)
 end
 
@@ -143,8 +143,7 @@ function charts.latency(section, labels, id)
     section.runs, logarithmic and "; the axis is logarithmic" or "")
   return parts.chart { id = id, title = "Latency by batch size", lead = lead, notes = out_of_memory(section),
     picture = svg.picture(id, height, "Latency by batch size", lead
-      .. " The numbers are in the table below.",
-      body),
+      .. " The numbers are in the table below.", body),
     table = latency_table(sizes, map) }
 end
 
@@ -171,8 +170,7 @@ local function memory_table(sizes, map)
       end
     end
   end
-  return parts.grid("Peak memory by batch size, MiB", { "batch", "model", "peak MiB", "own weights",
-    "shared",
+  return parts.grid("Peak memory by batch size, MiB", { "batch", "model", "peak MiB", "own weights", "shared",
     "KV cache", "activations", "reserved", "process", "computed" }, rows)
 end
 
@@ -254,8 +252,7 @@ function charts.memory(section, labels, id)
   return parts.chart { id = id, title = "Peak memory by batch size", lead = lead,
     notes = out_of_memory(section), table = memory_table(sizes, map),
     picture = svg.picture(id, height, "Peak memory by batch size", lead
-      .. " The numbers are in the table below.",
-      body) }
+      .. " The numbers are in the table below.", body) }
 end
 
 --- Questions by value: { value, count } in order.
@@ -299,8 +296,8 @@ local function swarm(values, x, width, y)
         svg.coordinate(y(group.value) + (row - (rows - 1) / 2) * pitch))
     end
   end
-  return h.path { class = "dots", ["stroke-width"] = svg.coordinate(pitch * 0.82), d = table.concat(dots) },
-    true
+  return h.path { class = "dots", ["stroke-width"] = svg.coordinate(pitch * 0.82),
+    d = table.concat(dots) }, true
 end
 
 local function metrics_table(section)
@@ -367,8 +364,7 @@ local function jaccard_picture(section, list, labels, id, lead)
     lead .. " The numbers are in the table below.", body), separate
 end
 
---- Jaccard by k with interval, every question, and the full model against itself; other metrics in the
---- table.
+--- Jaccard by k with interval, every question, and the full model against itself; other metrics in the table.
 ---@param section qlua.section_metrics
 ---@param labels string[]
 ---@param id string
@@ -380,8 +376,7 @@ function charts.metrics(section, labels, id)
       table = metrics_table(section) }
   end
   local lead = (
-    "Shared part of both models’ k most likely next tokens (%s): mean with 95 %% interval."):format(
-    accounted)
+    "Shared part of both models’ k most likely next tokens (%s): mean with 95 %% interval."):format(accounted)
   local picture, separate = jaccard_picture(section, list, labels, id, lead)
   local notes = { separate and "Each dot is a question." or "Bars: how many questions have the value.",
     section.control and #section.control > 0 and

@@ -40,8 +40,8 @@ local function label_points(points, top, bottom)
     if best then
       taken[#taken + 1] = { best[1], best[1] + width, best[2] }
       if math.abs(best[4]) > 13 then
-        list[#list + 1] = svg.line(p.x, p.y, best[3] == 1 and best[1] - 2 or best[1] + width + 2, best[2],
-          "lead")
+        list[#list + 1] = svg.line(p.x, p.y, best[3] == 1 and best[1] - 2
+          or best[1] + width + 2, best[2], "lead")
       end
       list[#list + 1] = svg.text(best[1], best[2] + 4, p.label, { class = "halo" })
     end
@@ -100,8 +100,7 @@ end
 ---@param id string
 function others.variants(section, _, id)
   local list = {}
-  local asked = ("%s, %s"):format(section.task, parts.plural(section.scored or section.questions,
-    "question"))
+  local asked = ("%s, %s"):format(section.task, parts.plural(section.scored or section.questions, "question"))
   for _, options in ipairs {
     { name = "accuracy", title = "Accuracy against memory", axis = "right answers, %",
       lead = ("Each quantization of the model: %s, 95 %% intervals (Wilson)."):format(asked),
@@ -142,8 +141,8 @@ local function quantiles(section, id)
   if #list < 2 then return nil end
   local top, bottom = 28, 150
   local y = svg.log(low, high, bottom, top, 10)
-  local columns, line, body = svg.columns(#list, LEFT, RIGHT), {}, { svg.left_axis(y, LEFT, RIGHT,
-    parts.tick),
+  local columns, line, body = svg.columns(#list, LEFT, RIGHT), {}, { svg.left_axis(y, LEFT,
+    RIGHT, parts.tick),
     svg.text(LEFT, 14, "KL quantiles over predictions, nats (logarithmic)",
       { class = "a" }) }
   for i, p in ipairs(list) do
@@ -152,8 +151,8 @@ local function quantiles(section, id)
       share_text(p.share), { ["text-anchor"] = "middle" }) }
   end
   table.insert(body, 1, svg.path(line, "l2"))
-  return svg.picture(id, 172, "Quantiles of the KL divergence", "The numbers are in the table beside it.",
-    body)
+  return svg.picture(id, 172, "Quantiles of the KL divergence",
+    "The numbers are in the table beside it.", body)
 end
 
 --- Perplexity, and how far the predictions lie apart.

@@ -50,8 +50,8 @@ local function weights_text(doc, labels)
     if info then
       local quant = type(info.quant) == "table" and info.quant or {}
       list[#list + 1] = ("%s: %s%s"):format(labels[m], m == 1 and plain(info.dtype) or plain(quant.label)
-        or labels[m], type(quant.bits) == "number" and m == 2 and (", %.2f bits a weight"):format(quant.bits)
-          or "")
+        or labels[m], type(quant.bits) == "number" and m == 2
+          and (", %.2f bits a weight"):format(quant.bits) or "")
     end
   end
   return table.concat(list, "; ")
@@ -117,8 +117,8 @@ local function charts_section(docs, v, labels)
   for d, doc in ipairs(docs) do
     for s, section in ipairs(doc.sections or {}) do
       if not known[section.kind] then
-        list[#list + 1] = others.table(section, labels, svg.identifier(("%s-%d-%d"):format(section.kind, d,
-          s)))
+        list[#list + 1] = others.table(section, labels,
+          svg.identifier(("%s-%d-%d"):format(section.kind, d, s)))
       end
     end
   end
@@ -142,8 +142,8 @@ local function fairness(docs, v)
     boxes[#boxes + 1] = { #docs > 1 and h.h3 { ("Run %s, %s"):format(doc.run, doc.name) } or false,
       #items > 0 and h.ul { class = "checks", items } or h.p { class = "note", "No checks were recorded." } }
   end
-  return h.section { id = "fairness", ["aria-labelledby"] = "fairness-h", h.h2 { id = "fairness-h",
-    "Fairness" },
+  return h.section { id = "fairness", ["aria-labelledby"] = "fairness-h",
+    h.h2 { id = "fairness-h", "Fairness" },
     h.div { class = #v.unfair > 0 and "box amber" or "box",
       h.p { #v.unfair > 0 and ("%s, with the reason."):format(#v.unfair == 1 and "One check is amber"
         or #v.unfair .. " checks are amber")
@@ -235,11 +235,10 @@ function page.html(docs, options)
     fairness(docs, v) }
   local after = again(docs)
   local function whole(questions)
-    return "<!doctype html>\n" .. h.html { lang = "en", head, h.body { top, h.main { id = "main", before,
-      questions,
+    return "<!doctype html>\n" .. h.html { lang = "en", head, h.body { top,
+      h.main { id = "main", before, questions,
       after }, h.footer {
-        "Made by qlua. This file is complete: it needs no network and runs no script." } } }.text
-      .. "\n"
+        "Made by qlua. This file is complete: it needs no network and runs no script." } } }.text .. "\n"
   end
   return whole(options.browser(labels, options.budget - #whole(false)))
 end

@@ -35,8 +35,7 @@ local function cell(given)
   if type(given) ~= "table" then return h.td { given or "–" } end
   if given.value == nil then return h.td { class = given.class or "n", given.text } end
   return h.td { class = "n", ["data-value"] = given.value, ["data-low"] = given.low,
-    ["data-high"] = given.high,
-    given.text }
+    ["data-high"] = given.high, given.text }
 end
 
 local function says_nothing(given)

@@ -1,5 +1,4 @@
---- The question browser: every question's answers of both models side by side, filtered without a script,
---- and
+--- The question browser: every question's answers of both models side by side, filtered without a script, and
 --- what to leave out where they are too many for a page.
 
 local _ENV <const> = require "qlua.strict"
@@ -147,8 +146,8 @@ function questions.item(entry, labels)
     h.summary { h.span { class = "qn", ("%s %s"):format(entry.task, row.index or "") },
       h.span { class = "qt", dir = "auto", head, more > 0 and "…" or "" },
       h.span { class = "qa", title = ("right: %s, %s: %s, %s: %s"):format(letter(row.doc.answer) or "–",
-        labels[1], a, labels[2], b), "✓", letter(row.doc.answer) or "–", " ", h.i { class = "i1", "●" }, a,
-          " ",
+        labels[1], a, labels[2], b), "✓", letter(row.doc.answer) or "–", " ",
+          h.i { class = "i1", "●" }, a, " ",
         h.i { class = "i2", "■" }, b } },
     (more > 0 or text:find "\n") and h.p { class = "full", dir = "auto", (cut(text, LONGEST)) } or false,
     row.models[1].text and { choices(row), written(row, labels) } or scored(row, labels) }
@@ -164,8 +163,7 @@ local function filter(names, counts, total)
   return list
 end
 
---- The browser with as many questions as fit into `budget` bytes, in the order given; and how many those
---- are.
+--- The browser with as many questions as fit into `budget` bytes, in the order given; and how many those are.
 ---@param list qlua.report_question[]
 ---@param counts table<string, integer>
 ---@param labels string[]
@@ -191,8 +189,7 @@ function questions.browser(list, counts, labels, budget, details)
     { "wrong", "both wrong, same answer" }, { "right", "both right" } }
   local left = #list - #items
   local note = left == 0 and ("All %s are here."):format(parts.plural(#list, "question"))
-    or ("The page has room for %d of %d questions, the most telling first; all are in "):format(#items,
-      #list)
+    or ("The page has room for %d of %d questions, the most telling first; all are in "):format(#items, #list)
   return h.section { id = "questions", ["aria-labelledby"] = "questions-h", head,
     h.p { class = "note", note, left > 0 and { h.code { details }, ", beside this page." } or false,
       " ✓ right answer, ● ", labels[1], ", ■ ", labels[2], "." },

@@ -57,8 +57,7 @@ function svg.linear(low, high, from, to, count)
 end
 
 --- A logarithmic scale (base 2 or 10), ends rounded outwards to whole powers; ticks at 1, 2, 5 where there
---- are
---- few powers of ten.
+--- are few powers of ten.
 ---@param low number
 ---@param high number
 ---@param from number
@@ -76,9 +75,8 @@ function svg.log(low, high, from, to, base)
     end
   end
   local function map(v) return math.log(v, base) end
-  return { low = base ^ first, high = base ^ last, ticks = ticks, at = placed(base ^ first, base ^ last,
-    from, to,
-    map) }
+  return { low = base ^ first, high = base ^ last, ticks = ticks, at = placed(base ^ first,
+    base ^ last, from, to, map) }
 end
 
 --- Equal columns for `n` categories: at(i) is the middle of column i.
@@ -105,8 +103,8 @@ function svg.line(x1, y1, x2, y2, class)
 end
 
 function svg.rect(x, y, width, height, class)
-  return h.rect { class = class, x = c(x), y = c(y), width = c(math.max(0, width)), height = c(math.max(0,
-    height)) }
+  return h.rect { class = class, x = c(x), y = c(y), width = c(math.max(0, width)),
+    height = c(math.max(0, height)) }
 end
 
 --- A line through points { x, y }; a missing point (false) breaks it.
@@ -135,8 +133,8 @@ end
 function svg.whisker(model, x1, y1, x2, y2)
   local half <const> = 4
   local dx, dy = x1 == x2 and half or 0, y1 == y2 and half or 0
-  return h.path { class = "w" .. model, d = ("M%s %sL%s %sM%s %sL%s %sM%s %sL%s %s"):format(c(x1), c(y1),
-    c(x2),
+  return h.path { class = "w" .. model,
+    d = ("M%s %sL%s %sM%s %sL%s %sM%s %sL%s %s"):format(c(x1), c(y1), c(x2),
     c(y2), c(x1 - dx), c(y1 - dy), c(x1 + dx), c(y1 + dy), c(x2 - dx), c(y2 - dy), c(x2 + dx), c(y2 + dy)) }
 end
 
@@ -186,8 +184,8 @@ function svg.legend(labels, x, y)
   return parts, x
 end
 
-local function identifier(text) return (text:lower():gsub("[^%w]+", "-"):gsub("^%-+", ""):gsub("%-+$",
-  "")) end
+local function identifier(text) return (text:lower():gsub("[^%w]+", "-"):gsub("^%-+",
+  ""):gsub("%-+$", "")) end
 
 svg.identifier = identifier
 

@@ -16,8 +16,7 @@ verdict.MARGIN = 2
 local LEVEL <const> = 0.05
 
 --- Tango's score interval of a paired difference of shares (Statist. Med. 17, 1998). Unlike a bootstrap it
---- does
---- not shrink to nothing where no answer changed.
+--- does not shrink to nothing where no answer changed.
 ---@param right_wrong integer questions that only the first answers rightly
 ---@param wrong_right integer
 ---@param n integer
@@ -85,8 +84,7 @@ local function share_of(correct, n)
 end
 
 --- All tasks asked in one way as one: { kind, name, tasks, flips, n, full, quantized, difference, low, high,
---- p,
---- control? }. A task that several runs asked counts once, as the last of them answered.
+--- p, control? }. A task that several runs asked counts once, as the last of them answered.
 local function pools(docs)
   local by_task, order = {}, {}
   for _, section in ipairs(sections(docs, "mmlu")) do
@@ -186,8 +184,7 @@ local function memory(docs, sweep)
   return m
 end
 
---- How many times as fast the quantized model is: ratio of the medians, with an interval from redrawing
---- whole
+--- How many times as fast the quantized model is: ratio of the medians, with an interval from redrawing whole
 --- rounds, in each of which both took the same batch.
 local function speed(sweep, seed)
   local pair = smallest(sweep)
@@ -265,8 +262,7 @@ local function speed_sentence(s, test, counts)
     text = ("%s takes %.2f times as long [%.2f, %.2f] at batch %d"):format(test, 1 / s.ratio, 1 / s.high,
       1 / s.low, s.batch)
   elseif s.low then
-    text = ("%s is %.2f times as fast [%.2f, %.2f] at batch %d"):format(test, s.ratio, s.low, s.high,
-      s.batch)
+    text = ("%s is %.2f times as fast [%.2f, %.2f] at batch %d"):format(test, s.ratio, s.low, s.high, s.batch)
     if not s.faster then text = text .. ": no difference established" end
   else
     text = ("%s is %.2f times as fast at batch %d, without an interval"):format(test, s.ratio, s.batch)
@@ -287,8 +283,7 @@ local function tokens_sentence(section)
   for _, name in ipairs { "jaccard@5", "jaccard@1" } do
     for _, row in ipairs(section.pair) do
       if row.name == name and row.value then
-        local text = ("The %s most likely next token%s agree%s to %.3f [%.3f, %.3f]"):format(
-          name:match "%d+",
+        local text = ("The %s most likely next token%s agree%s to %.3f [%.3f, %.3f]"):format(name:match "%d+",
           name == "jaccard@1" and "" or "s", name == "jaccard@1" and "s" or "", row.value, row.low
             or row.value,
           row.high or row.value)
@@ -344,8 +339,8 @@ local function decide(v, margin, fair)
       verdict.points(lost.difference), verdict.points(lost.low), verdict.points(lost.high), margin)
   end
   if #v.pools == 0 then
-    return "open", ("What it costs in accuracy was not measured%s."):format(saves and "; it " .. saved_what
-      or "")
+    return "open", ("What it costs in accuracy was not measured%s."):format(saves
+      and "; it " .. saved_what or "")
   end
   if all_within and saves then
     return "quantize", ("It %s, and a loss of more than %g point%s of accuracy is ruled out."):format(
@@ -358,8 +353,7 @@ local function decide(v, margin, fair)
   if widest.guessing then
     return "open", "The full model is not shown to beat guessing on these questions, so they cannot tell."
   end
-  return "open", ("It %s; a loss of more than %g point%s is neither shown nor ruled out."):format(
-    saved_what,
+  return "open", ("It %s; a loss of more than %g point%s is neither shown nor ruled out."):format(saved_what,
     margin, margin == 1 and "" or "s")
 end
 
@@ -404,8 +398,8 @@ function verdict.of(docs, options)
   local margin = options and options.margin or verdict.MARGIN
   local sweeps = sections(docs, "sweep")
   local sweep = sweeps[#sweeps]
-  local v = { margin = margin, unfair = verdict.unfair(docs), rule = rule(margin), memory = memory(docs,
-    sweep),
+  local v = { margin = margin, unfair = verdict.unfair(docs), rule = rule(margin),
+    memory = memory(docs, sweep),
     speed = speed(sweep, docs[1].facts and docs[1].facts.seed), pools = quality(docs, margin) }
   local fair = #v.unfair == 0
   v.word, v.because = decide(v, margin, fair)
