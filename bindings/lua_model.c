@@ -303,7 +303,7 @@ static int model_matrices(lua_State *L)
             lua_setfield(L, -2, "name");
             set_integer(L, "rows", x->n);
             set_integer(L, "columns", x->k);
-            set_integer(L, "bytes", (int64_t)(ql_matrix_bytes(x) + ql_quant_host_bytes(x->quant)));
+            set_integer(L, "bytes", (int64_t)ql_matrix_resident(x));
             lua_pushstring(L, ql_dtype_label(x->dtype));
             lua_setfield(L, -2, "dtype");
             lua_pushboolean(L, ql_tensor_is_shared(&x->data));

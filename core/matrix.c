@@ -59,3 +59,8 @@ size_t ql_matrix_bytes(const ql_matrix *m)
     return ql_tensor_bytes(&m->data) + ql_tensor_bytes(&m->absmax) + ql_tensor_bytes(&m->nested) +
            ql_tensor_bytes(&m->bias);
 }
+
+size_t ql_matrix_resident(const ql_matrix *m)
+{
+    return ql_matrix_bytes(m) + ql_quant_host_bytes(m->quant);
+}

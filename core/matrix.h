@@ -53,5 +53,7 @@ typedef struct {
 void ql_matrix_free(ql_matrix *m);
 ql_matrix ql_matrix_ref(const ql_matrix *m); /* shares everything; free it too */
 size_t ql_matrix_bytes(const ql_matrix *m);  /* device bytes held: data, scales, bias */
+/* And what double quantization keeps on the host. */
+size_t ql_matrix_resident(const ql_matrix *m);
 
 #endif

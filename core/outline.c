@@ -233,7 +233,7 @@ static ql_status ask_policy(const drawing *d, const char *module, int64_t n, int
     *like = (ql_quant){.block = spec.block,
                        .value_dtype = spec.value_dtype,
                        .nested = spec.double_quant,
-                       .nested_block = QL_QUANT_NESTED_MAP};
+                       .nested_block = QL_QUANT_NESTED_BLOCK};
     memcpy(like->scheme, spec.scheme, sizeof like->scheme);
     if (spec.value_dtype != QL_QUANT_VALUE_DENSE) return QL_OK;
     return dense_dtype(d, dense, &like->value_dtype, err);
@@ -272,8 +272,7 @@ static ql_status outline_layer(const drawing *d, int64_t i, ql_layer *layer, ql_
         int64_t n, k;
         ql_linear_shape(c, kind, &n, &k);
         QL_TRY(outline_matrix(d, ql_linear_name(i, kind, module), n, k, &layer->linear[kind], err));
-        if (kind <= QL_O ? c->attention_bias : c->mlp_bias)
-            QL_TRY(outline_vector(d, n, &layer->linear[kind].bias, err));
+        if (ql_linear_has_bias(c, kind)) QL_TRY(outline_vector(d, n, &layer->linear[kind].bias, err));
     }
     return QL_OK;
 }
@@ -281,10 +280,7 @@ static ql_status outline_layer(const drawing *d, int64_t i, ql_layer *layer, ql_
 static ql_status outline_weights(const drawing *d, ql_weights *w, ql_err *err)
 {
     const ql_config *c = d->config;
-    w->layer = ql_calloc((size_t)c->layers, sizeof *w->layer);
-    if (!w->layer)
-        return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld layers", (long long)c->layers);
-    w->layers = c->layers;
+    QL_TRY(ql_weights_new(c->layers, w, err));
     QL_TRY(outline_dense(d, "model.embed_tokens", c->vocab, c->hidden, &w->embed, err));
     w->dtype = w->embed.dtype;
     QL_TRY(outline_vector(d, c->hidden, &w->norm, err));

@@ -5,10 +5,9 @@
 #include "qk_nf4.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define NESTED_BLOCK 256
 
 /* Smallest scale that is divided by: below it 1 / scale is infinite. bitsandbytes clamps at the same value.
  */
@@ -39,22 +38,26 @@ static bool same_table(const float a[16], const float b[16], float tolerance)
     return true;
 }
 
+/* bitsandbytes' defaults. */
+static void spec_new(const char *scheme, ql_quant_spec *spec)
+{
+    *spec = (ql_quant_spec){.block = 64, .value_dtype = QL_QUANT_VALUE_DENSE};
+    snprintf(spec->scheme, sizeof spec->scheme, "%s", scheme);
+}
+
 ql_status ql_quant_spec_init(const char *scheme, ql_quant_spec *spec, ql_err *err)
 {
-    memset(spec, 0, sizeof *spec);
+    spec_new(scheme, spec);
     if (!table_of(scheme, spec->code)) {
         ql_err_set(err, QL_ERR_ARG, "unknown quantization scheme '%s'", scheme);
         return ql_err_hint(err, "schemes are nf4 and fp4; any other 4-bit code book is given as 16 numbers");
     }
-    strcpy(spec->scheme, scheme);
-    spec->block = 64;
-    spec->value_dtype = QL_QUANT_VALUE_DENSE;
     return QL_OK;
 }
 
 ql_status ql_quant_spec_codebook(const double code[16], ql_quant_spec *spec, ql_err *err)
 {
-    memset(spec, 0, sizeof *spec);
+    spec_new("codebook", spec);
     double most = 0;
     for (int i = 0; i < 16; i++) {
         if (!isfinite(code[i]))
@@ -63,9 +66,6 @@ ql_status ql_quant_spec_codebook(const double code[16], ql_quant_spec *spec, ql_
     }
     if (most == 0) return ql_err_set(err, QL_ERR_ARG, "every entry of the code book is zero");
     for (int i = 0; i < 16; i++) spec->code[i] = (float)(code[i] / most);
-    strcpy(spec->scheme, "codebook");
-    spec->block = 64;
-    spec->value_dtype = QL_QUANT_VALUE_DENSE;
     return QL_OK;
 }
 
@@ -147,17 +147,11 @@ void ql_quant_dynamic_map(float map[256])
 /* Index of the entry nearest to y; half-way goes to the even index. */
 static uint8_t nearest(const float map[256], float y)
 {
-    int lo = 0, hi = 255;
-    if (!(y > map[0])) return 0;
-    while (hi - lo > 1) {
-        int mid = (lo + hi) / 2;
-        if (map[mid] <= y)
-            lo = mid;
-        else
-            hi = mid;
-    }
-    double left = (double)y - map[lo], right = (double)map[hi] - y;
-    return (uint8_t)(right < left || (right == left && lo % 2) ? hi : lo);
+    int lo = 0;
+    for (int step = 128; step > 0; step /= 2) lo += map[lo + step] <= y ? step : 0;
+    if (lo == 255) return 255;
+    double left = (double)y - map[lo], right = (double)map[lo + 1] - y;
+    return (uint8_t)(lo + (right < left || (right == left && lo % 2)));
 }
 
 /* absmax [q->blocks] as kernels multiply by it: two roundings, no fused multiply-add. */
@@ -183,7 +177,7 @@ static ql_status nested_alloc(ql_quant *q, ql_err *err)
 /* Quantize absmax [q->blocks] to 8 bits and put what they decode to in its place. */
 static ql_status nested_encode(ql_quant *q, float *absmax, ql_err *err)
 {
-    q->nested_block = NESTED_BLOCK;
+    q->nested_block = QL_QUANT_NESTED_BLOCK;
     ql_status status = nested_alloc(q, err);
     if (status != QL_OK) return status;
     double sum = 0;
@@ -191,8 +185,8 @@ static ql_status nested_encode(ql_quant *q, float *absmax, ql_err *err)
     q->nested_offset = (float)(sum / (double)q->blocks);
     ql_quant_dynamic_map(q->nested_map);
     for (size_t j = 0; j < q->nested_blocks; j++) {
-        size_t first = j * NESTED_BLOCK;
-        size_t last = first + NESTED_BLOCK < q->blocks ? first + NESTED_BLOCK : q->blocks;
+        size_t first = j * QL_QUANT_NESTED_BLOCK;
+        size_t last = first + QL_QUANT_NESTED_BLOCK < q->blocks ? first + QL_QUANT_NESTED_BLOCK : q->blocks;
         float scale = 0;
         for (size_t i = first; i < last; i++) scale = fmaxf(scale, fabsf(absmax[i] - q->nested_offset));
         q->nested_absmax[j] = scale;
@@ -255,22 +249,26 @@ static ql_status upload_nested(ql_device *dev, ql_arena *arena, ql_quant *q, ql_
     return QL_OK;
 }
 
+/* `absmax` [q->blocks] in the form that the device keeps. */
+static ql_status upload_scales(ql_device *dev, ql_arena *arena, ql_quant *q, const float *absmax,
+                               ql_matrix *out, ql_err *err)
+{
+    if (q->nested && dev->backend->nested_scales) return upload_nested(dev, arena, q, out, err);
+    QL_TRY(alloc_absmax(dev, arena, q, out, err));
+    return ql_tensor_upload(&out->absmax, absmax, q->blocks * sizeof *absmax, err);
+}
+
 /* Double quantization of a matrix that has its scales: on the host, there are few of them. */
 static ql_status nest(ql_matrix *m, ql_arena *arena, ql_quant *q, ql_err *err)
 {
-    ql_device *dev = ql_tensor_device(&m->data);
     size_t bytes = q->blocks * sizeof(float);
     float *absmax = ql_malloc(bytes);
     if (!absmax)
         return ql_err_set(err, QL_ERR_MEMORY, "out of memory for the scales of %zu blocks", q->blocks);
     ql_status status = ql_tensor_download(&m->absmax, absmax, bytes, err);
     if (status == QL_OK) status = nested_encode(q, absmax, err);
-    if (status == QL_OK && dev->backend->nested_scales) {
-        ql_tensor_free(&m->absmax);
-        status = upload_nested(dev, arena, q, m, err);
-    } else if (status == QL_OK) {
-        status = ql_tensor_upload(&m->absmax, absmax, bytes, err);
-    }
+    ql_tensor_free(&m->absmax);
+    if (status == QL_OK) status = upload_scales(ql_tensor_device(&m->data), arena, q, absmax, m, err);
     ql_free(absmax);
     return status;
 }
@@ -407,13 +405,7 @@ ql_status ql_quant_load(const ql_checkpoint *ck, const char *name, ql_device *de
     }
     status = read_scales(ck, &qt, q, absmax, err);
     if (status == QL_OK) status = alloc_codes(dev, arena, qt.state.shape[0], qt.state.shape[1], q, out, err);
-    if (status != QL_OK) goto fail;
-    if (q->nested && dev->backend->nested_scales) {
-        status = upload_nested(dev, arena, q, out, err);
-    } else {
-        status = alloc_absmax(dev, arena, q, out, err);
-        if (status == QL_OK) status = ql_tensor_upload(&out->absmax, absmax, q->blocks * sizeof *absmax, err);
-    }
+    if (status == QL_OK) status = upload_scales(dev, arena, q, absmax, out, err);
     if (status == QL_OK) status = ql_checkpoint_fill(ck, qt.weight, &out->data, err);
     if (status == QL_OK) status = pack(out, arena, err);
     if (status != QL_OK) goto fail;
@@ -448,12 +440,12 @@ ql_status ql_quant_expect(int64_t n, int64_t k, const ql_quant_spec *spec, ql_qu
         return ql_err_set(err, QL_ERR_ARG, "a weight [%lld, %lld] cannot be", (long long)n, (long long)k);
     size->weights = weights;
     size->blocks = (weights - 1) / spec->block + 1;
-    size->nested_blocks = spec->double_quant ? (size->blocks - 1) / NESTED_BLOCK + 1 : 0;
+    size->nested_blocks = spec->double_quant ? (size->blocks - 1) / QL_QUANT_NESTED_BLOCK + 1 : 0;
     size_t codes = (size_t)(weights / 2 + weights % 2), blocks = (size_t)size->blocks;
     size->device_bytes = codes + blocks * sizeof(float);
     size->stored_bytes = size->device_bytes;
     if (spec->double_quant)
         size->stored_bytes = codes + blocks + ((size_t)size->nested_blocks + 1) * sizeof(float);
-    size->stored_bits = 4 + (spec->double_quant ? 8 + 32.0 / NESTED_BLOCK : 32.0) / spec->block;
+    size->stored_bits = 4 + (spec->double_quant ? 8 + 32.0 / QL_QUANT_NESTED_BLOCK : 32.0) / spec->block;
     return QL_OK;
 }

@@ -12,6 +12,8 @@
 #include "checkpoint.h"
 #include "matrix.h"
 
+#define QL_QUANT_NESTED_BLOCK 256 /* scales that share one of their own, as bitsandbytes has it */
+
 /* value_dtype: that of the dense matrix, as bitsandbytes does. */
 #define QL_QUANT_VALUE_DENSE QL_DTYPE_COUNT
 

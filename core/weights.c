@@ -28,7 +28,7 @@ void ql_linear_shape(const ql_config *c, ql_linear kind, int64_t *n, int64_t *k)
     *k = in[kind];
 }
 
-static bool has_bias(const ql_config *c, ql_linear kind)
+bool ql_linear_has_bias(const ql_config *c, ql_linear kind)
 {
     return kind <= QL_O ? c->attention_bias : c->mlp_bias;
 }
@@ -154,7 +154,8 @@ static bool expected(const ql_config *c, const ql_checkpoint *ck, const char *na
     for (int kind = 0; kind < QL_LINEARS; kind++) {
         size_t n = strlen(linear_names[kind]);
         if (strncmp(rest, linear_names[kind], n) != 0) continue;
-        return strcmp(rest + n, ".weight") == 0 || (strcmp(rest + n, ".bias") == 0 && has_bias(c, kind));
+        return strcmp(rest + n, ".weight") == 0 ||
+               (strcmp(rest + n, ".bias") == 0 && ql_linear_has_bias(c, kind));
     }
     return false;
 }
@@ -171,7 +172,7 @@ static ql_status check_extra(const ql_checkpoint *ck, const ql_config *c, ql_err
     return QL_OK;
 }
 
-static ql_status weights_new(int64_t layers, ql_weights *out, ql_err *err)
+ql_status ql_weights_new(int64_t layers, ql_weights *out, ql_err *err)
 {
     memset(out, 0, sizeof *out);
     out->layer = ql_calloc((size_t)layers, sizeof *out->layer);
@@ -237,7 +238,7 @@ static ql_status make_layer(source *s, const ql_config *c, int64_t i, ql_weights
         int64_t n, k;
         ql_linear_shape(c, kind, &n, &k);
         QL_TRY(make_matrix(s, ql_linear_name(i, kind, module), n, k, &layer->linear[kind], err));
-        if (!has_bias(c, kind)) continue;
+        if (!ql_linear_has_bias(c, kind)) continue;
         snprintf(name, sizeof name, "%s.bias", module);
         QL_TRY(make_vector(s, name, n, &layer->linear[kind].bias, &w->bias_dtype, err));
     }
@@ -268,7 +269,7 @@ static ql_status check_names(const ql_checkpoint *ck, const ql_config *c, ql_err
 ql_status ql_weights_load(ql_device *dev, ql_arena *arena, const ql_checkpoint *ck, const ql_config *config,
                           ql_dtype dtype, ql_quant_policy policy, void *ud, ql_weights *out, ql_err *err)
 {
-    QL_TRY(weights_new(config->layers, out, err));
+    QL_TRY(ql_weights_new(config->layers, out, err));
     source s = {.dev = dev, .arena = arena, .ck = ck, .dtype = dtype, .policy = policy, .ud = ud};
     ql_status status = check_names(ck, config, err);
     if (status == QL_OK) status = make_all(&s, config, out, err);
@@ -279,7 +280,7 @@ ql_status ql_weights_load(ql_device *dev, ql_arena *arena, const ql_checkpoint *
 ql_status ql_weights_random(ql_device *dev, ql_arena *arena, const ql_config *c, ql_dtype dtype,
                             uint64_t seed, ql_quant_policy policy, void *ud, ql_weights *out, ql_err *err)
 {
-    QL_TRY(weights_new(c->layers, out, err));
+    QL_TRY(ql_weights_new(c->layers, out, err));
     out->norm_dtype = out->bias_dtype = dtype;
     source s = {.dev = dev, .arena = arena, .seed = seed, .dtype = dtype, .policy = policy, .ud = ud};
     ql_status status = make_all(&s, c, out, err);
@@ -293,7 +294,7 @@ ql_status ql_weights_random(ql_device *dev, ql_arena *arena, const ql_config *c,
 ql_status ql_weights_quantize(const ql_weights *full, ql_arena *arena, ql_quant_policy policy, void *ud,
                               ql_weights *out, ql_err *err)
 {
-    QL_TRY(weights_new(full->layers, out, err));
+    QL_TRY(ql_weights_new(full->layers, out, err));
     out->dtype = full->dtype;
     out->norm_dtype = full->norm_dtype;
     out->bias_dtype = full->bias_dtype;
@@ -384,19 +385,13 @@ static bool is_tied(const ql_weights *w)
     return w->lm_head.data.storage == w->embed.data.storage;
 }
 
-/* What a matrix holds on the device and, for saving, on the host. */
-static size_t resident(const ql_matrix *m)
-{
-    return ql_matrix_bytes(m) + ql_quant_host_bytes(m->quant);
-}
-
 size_t ql_weights_bytes(const ql_weights *w)
 {
-    size_t sum = resident(&w->embed) + ql_tensor_bytes(&w->norm);
-    if (!is_tied(w)) sum += resident(&w->lm_head);
+    size_t sum = ql_matrix_resident(&w->embed) + ql_tensor_bytes(&w->norm);
+    if (!is_tied(w)) sum += ql_matrix_resident(&w->lm_head);
     for (int64_t i = 0; i < w->layers; i++) {
         sum += ql_tensor_bytes(&w->layer[i].input_norm) + ql_tensor_bytes(&w->layer[i].post_norm);
-        for (int kind = 0; kind < QL_LINEARS; kind++) sum += resident(&w->layer[i].linear[kind]);
+        for (int kind = 0; kind < QL_LINEARS; kind++) sum += ql_matrix_resident(&w->layer[i].linear[kind]);
     }
     return sum;
 }

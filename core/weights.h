@@ -56,10 +56,13 @@ ql_status ql_weights_quantize(const ql_weights *full, ql_arena *arena, ql_quant_
 ql_status ql_weights_entries(const ql_weights *w, const ql_config *config,
                              ql_save_entry **entries /* [OUT] */, size_t *count /* [OUT] */, ql_err *err);
 
+/* What every way to make weights begins with: room for the layers, all of them empty. */
+ql_status ql_weights_new(int64_t layers, ql_weights *out /* [OUT] */, ql_err *err);
 void ql_weights_free(ql_weights *w);
 
 /* "model.layers.<layer>.<block>.<kind>_proj" into text[64]; returns text. */
 const char *ql_linear_name(int64_t layer, ql_linear kind, char text[64]);
+bool ql_linear_has_bias(const ql_config *config, ql_linear kind);
 /* Shape [n, k] of a linear layer under `config`. */
 void ql_linear_shape(const ql_config *config, ql_linear kind, int64_t *n /* [OUT] */, int64_t *k /* [OUT] */);
 
