@@ -15,6 +15,7 @@
 
 enum {
     HUGE_PAGE = 2 << 20,
+    PACK_ROWS = 4, /* activation rows that one thread packs: they share lines of memory */
 };
 
 enum { RAN_ATTENTION = QK_4BIT + 1, RAN_COUNT };
@@ -61,6 +62,20 @@ static ql_status cpu_sync(void *ctx, ql_err *err)
     return QL_OK;
 }
 
+/* A buffer that all threads share: its content is lost when it grows. */
+static ql_status need_room(char **p, size_t *have, size_t bytes, ql_err *err)
+{
+    if (bytes <= *have) return QL_OK;
+    ql_free(*p);
+    *p = NULL;
+    *have = 0;
+    void *room;
+    QL_TRY(cpu_alloc(NULL, bytes, &room, err));
+    *p = room;
+    *have = bytes;
+    return QL_OK;
+}
+
 static ql_status need_scratch(cpu_context *c, size_t bytes, ql_err *err)
 {
     if (bytes <= c->scratch_bytes) return QL_OK;
@@ -88,6 +103,7 @@ static void cpu_close(void *ctx)
     if (!c) return;
     ql_pool_free(c->pool);
     ql_free(c->scratch);
+    ql_free(c->packed);
     ql_free(c->partial);
     ql_free(c);
 }
@@ -275,23 +291,38 @@ typedef struct {
     int64_t m;
     bool add;
     float *y;
+    float *packed; /* or NULL: x is read as it is */
 } matmul_args;
+
+/* Activation rows [t0, t1). */
+static void pack_range(const void *args, int64_t t0, int64_t t1, void *scratch)
+{
+    (void)scratch;
+    const matmul_args *a = args;
+    a->qk->matmul_pack(a->x, a->w.k, a->m, t0, t1, a->packed);
+}
 
 static void matmul_range(const void *args, int64_t i0, int64_t i1, void *scratch)
 {
     const matmul_args *a = args;
-    a->qk->matmul(&a->w, a->bias, a->x, a->m, a->add, a->y, i0, i1, scratch);
+    a->qk->matmul(&a->w, a->bias, a->packed ? a->packed : a->x, a->m, a->add, a->y, i0, i1, scratch);
 }
 
 static ql_status cpu_matmul(void *ctx, const ql_tensor *x, const ql_matrix *w, bool add, ql_tensor *y,
                             ql_err *err)
 {
     cpu_context *c = ctx;
-    matmul_args a = {c->qk, ql_cpu_matrix(w), w->bias.storage ? w->bias.data : NULL, x->data, x->shape[0],
-                     add,   y->data};
-    ql_status status = need_scratch(c, c->qk->matmul_scratch(&a.w, a.m), err);
-    if (status != QL_OK) return status;
+    matmul_args a = {
+        c->qk, ql_cpu_matrix(w), w->bias.storage ? w->bias.data : NULL, x->data, x->shape[0], add, y->data,
+        NULL};
+    const size_t packed = c->qk->matmul_packed(&a.w, a.m);
+    QL_TRY(need_scratch(c, c->qk->matmul_scratch(&a.w, a.m), err));
+    QL_TRY(need_room(&c->packed, &c->packed_bytes, packed, err));
     c->ran |= 1u << a.w.format;
+    if (packed) {
+        a.packed = (float *)(void *)c->packed;
+        ql_cpu_for_range(c, a.m, PACK_ROWS, (double)w->k, pack_range, &a);
+    }
     ql_cpu_for_range(c, w->n, ql_cpu_product_unit(c->threads, w->n, c->qk->matmul_rows_multiple),
                      (double)w->k * (double)a.m, matmul_range, &a);
     return QL_OK;
@@ -397,17 +428,6 @@ static void join_range(const void *ud, int64_t i0, int64_t i1, void *scratch)
     }
 }
 
-static ql_status need_partial(cpu_context *c, size_t bytes, ql_err *err)
-{
-    if (bytes <= c->partial_bytes) return QL_OK;
-    char *p = ql_aligned(64, bytes);
-    if (!p) return ql_err_set(err, QL_ERR_MEMORY, "out of memory: %zu bytes for attention", bytes);
-    ql_free(c->partial);
-    c->partial = p;
-    c->partial_bytes = bytes;
-    return QL_OK;
-}
-
 static ql_status run_attention(cpu_context *c, attention_args *args, int64_t tokens, ql_err *err)
 {
     qk_attention *a = &args->a;
@@ -421,7 +441,8 @@ static ql_status run_attention(cpu_context *c, attention_args *args, int64_t tok
     args->split = ql_cpu_split_attention(c->threads, tokens, a->kv_heads, longest, work, a->heads * record);
     const int64_t pieces = args->split.pieces, runs = args->split.runs;
     if (runs > 1) {
-        QL_TRY(need_partial(c, (size_t)(tokens * a->heads * runs * record), err));
+        size_t bytes = (size_t)(tokens * a->heads * runs * record);
+        QL_TRY(need_room(&c->partial, &c->partial_bytes, bytes, err));
         a->partial = (float *)(void *)c->partial;
         a->runs = runs;
     }

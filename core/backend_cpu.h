@@ -12,8 +12,8 @@ typedef struct {
     int threads;
     char *scratch; /* [threads][scratch_bytes], 64-byte aligned */
     size_t scratch_bytes;
-    char *partial; /* attention's, 64-byte aligned */
-    size_t partial_bytes;
+    char *packed, *partial; /* products' activations, attention's runs: 64-byte aligned */
+    size_t packed_bytes, partial_bytes;
     unsigned ran; /* bits 1 << RAN_x, or 1 << a qk_format for its products, since cpu_kernels was asked */
 } cpu_context;
 

@@ -65,11 +65,17 @@ typedef struct {
     const char *isa;          /* "avx512", "avx2", "scalar" */
     int matmul_rows_multiple; /* ranges of outputs should start at a multiple of this, for speed only */
 
+    /* Bytes of x in the order in which matmul reads it, 64-byte aligned; 0: it reads x as it is. */
+    size_t (*matmul_packed)(const qk_matrix *w, int64_t m);
+    /* Rows [t0, t1) of x [m, k] to `packed`, which all outputs share, and all products of this m and k. */
+    void (*matmul_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1,
+                        float *packed /* [OUT] */);
     /* Bytes of scratch that one thread's matmul needs for rows of k inputs and m activation rows. */
     size_t (*matmul_scratch)(const qk_matrix *w, int64_t m);
     /* y[i, j] = sum_k x[i, k] w[j, k] + bias[j] for outputs j in [n0, n1), or y += that when `add`.
-     * x [m, k], y [m, w->n], bias [n] or NULL. The sum: 16 lanes, lane l takes inputs l, l+16, ... in order
-     * by fused multiply-add, the last step zero-padded; then lanes fold by 8, 4, 2, 1. */
+     * x [m, k], packed where matmul_packed is not 0, y [m, w->n], bias [n] or NULL. The sum: 16 lanes, lane l
+     * takes inputs l, l+16, ... in order by fused multiply-add, the last step zero-padded; then lanes fold by
+     * 8, 4, 2, 1. */
     void (*matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                    int64_t n0, int64_t n1, void *scratch);
     /* All tokens [t0, t1) for the query heads of one cache head. Keys are taken in blocks of 64 and runs of

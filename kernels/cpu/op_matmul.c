@@ -1,48 +1,55 @@
 /* y = x W^T: one chain of 16-lane fused multiply-adds per output, in order of k, whatever the batch.
  *
  * One or two activation rows (up to four of 4-bit weights with AVX-512): op_direct.c. More: k is cut in
- * pieces, and a register tile of R weight rows x C activation rows passes over a piece. Activations are
- * copied to a block in the order in which the tile reads them, so that they stay in the first-level cache
- * whatever the strides; between pieces the accumulators rest in memory, which leaves the chain as it was. Few
- * activation rows: one pass over the weights, dense ones widened in registers, 4-bit ones decoded to a panel
- * that stays in the first-level cache. Many: a strip's piece is decoded to a panel in the second-level cache,
- * and block after block passes over it.
+ * pieces, and a register tile of R weight rows x C activation rows passes over a piece, some of the 16 lanes
+ * at a time where vectors are shorter. Activations are packed beforehand, once for all outputs, in the order
+ * in which the tile reads them; between pieces the accumulators rest in memory, which leaves the chain as it
+ * was. Few activation rows: one pass over the weights, dense ones widened in registers, 4-bit ones decoded in
+ * the first-level cache. Many: a strip's piece is decoded to a panel in the second-level cache, in the tile's
+ * order too, and tile after tile passes over it.
  */
 #include "ops.h"
 
 enum {
     R = V16_TILE_ROWS,
     C = V16_TILE_COLS,
-    SUB = 4 * R,                  /* weight rows whose panel fits the first-level cache beside a block */
+    SUB = 4 * R,                  /* weight rows decoded together for few activation rows */
     STRIP = 48,                   /* most weight rows taken together: a multiple of 16 and of SUB */
     STRIP_BYTES = 256 * 1024,     /* of weights in a strip of few activation rows: the next one is fetched */
     PIECE = V16_TILE_PIECE,       /* inputs a piece: of R + C rows they fit the first-level cache */
-    FEW = 32,                     /* activation rows that are copied once a call */
-    BATCH = 128,                  /* most activation rows that share a decoded strip */
+    FEW = 32,                     /* activation rows worth no panel */
+    BATCH = 512,                  /* most activation rows that share a decoded strip */
     ACC_STRIDE = STRIP * 16 + 16, /* floats from one activation row's accumulators to the next's */
 };
 
 /* What a run of the tile reads and writes. acc + c * ACC_STRIDE + r * 16 holds the lanes of one output. */
 typedef struct {
-    const char *row[R]; /* first input of each weight row */
-    const float *x;     /* [steps][cols][16] */
+    const char *row[R]; /* first input of each weight row; [0] alone for a panel */
+    const float *x;     /* [16 / VT_LANES][steps][cols][VT_LANES] */
     int64_t steps;      /* vectors of 16 inputs */
+    int lane, lane_end; /* which of the 16 lanes: multiples of VT_LANES */
     bool first;         /* the sums start at zero */
     float *acc;
     const char *next; /* fetched from memory: each step of each pass takes `advance` bytes of it */
     int64_t advance;
 } work;
 
-/* Lanes do not meet, so an instruction set of shorter vectors takes them in several passes, which its
+/* `panel`: weights lie as activations do, [16 / VT_LANES][steps][R][VT_LANES], and `next` is not looked at.
+ * Lanes do not meet, so an instruction set of shorter vectors takes them in several passes, which its
  * registers fit. */
-QK_INLINE void tile(const work *t, qk_format format, int cols)
+QK_INLINE void tile(const work *t, qk_format format, bool panel, int cols)
 {
     const int size = format == QK_F32 ? 4 : 2, lines = (R * VT_LANES * size + 63) / 64;
+    const int64_t step = panel ? R * VT_LANES * size : 16 * size;
     const char *next = t->next;
-    for (int lane = 0; lane < 16; lane += VT_LANES) {
+    for (int lane = t->lane; lane < t->lane_end; lane += VT_LANES) {
         vt sum[C][R];
         const char *row[R];
-        QK_UNROLL for (int r = 0; r < R; r++) row[r] = t->row[r] + lane * size;
+        QK_UNROLL for (int r = 0; r < R; r++)
+        {
+            row[r] =
+                panel ? t->row[0] + (lane * t->steps * R + r * VT_LANES) * size : t->row[r] + lane * size;
+        }
         QK_UNROLL for (int c = 0; c < cols; c++)
         {
             QK_UNROLL for (int r = 0; r < R; r++)
@@ -50,15 +57,15 @@ QK_INLINE void tile(const work *t, qk_format format, int cols)
                 sum[c][r] = t->first ? vt_zero() : vt_load(t->acc + c * ACC_STRIDE + r * 16 + lane);
             }
         }
-        const float *x = t->x + lane;
-        const int64_t bytes = t->steps * 16 * size, advance = t->advance;
-        for (int64_t i = 0; i < bytes; i += 16 * size, x += cols * 16, next += advance) {
+        const float *x = t->x + lane * t->steps * cols;
+        const int64_t bytes = t->steps * step, advance = t->advance;
+        for (int64_t i = 0; i < bytes; i += step, x += cols * VT_LANES, next += advance) {
             vt v[R];
-            QK_UNROLL for (int l = 0; l < lines; l++) __builtin_prefetch(next + 64 * l, 0, 2);
+            if (!panel) QK_UNROLL for (int l = 0; l < lines; l++) __builtin_prefetch(next + 64 * l, 0, 2);
             QK_UNROLL for (int r = 0; r < R; r++) v[r] = vt_load_as(format, row[r] + i);
             QK_UNROLL for (int c = 0; c < cols; c++)
             {
-                vt a = vt_load(x + c * 16);
+                vt a = vt_load(x + c * VT_LANES);
                 QK_UNROLL for (int r = 0; r < R; r++) sum[c][r] = vt_fma(v[r], a, sum[c][r]);
             }
         }
@@ -74,37 +81,38 @@ QK_INLINE void tile(const work *t, qk_format format, int cols)
 
 typedef void tile_fn(const work *t);
 
-#define TILE(name, format, cols)                                                                             \
+#define TILE(name, format, panel, cols)                                                                      \
     static __attribute__((noinline)) void name##_##cols(const work *t)                                       \
     {                                                                                                        \
-        tile(t, format, cols);                                                                               \
+        tile(t, format, panel, cols);                                                                        \
     }
 #if V16_TILE_COLS == 6
-#define TILES(name, format)                                                                                  \
-    TILE(name, format, 1)                                                                                    \
-    TILE(name, format, 2)                                                                                    \
-    TILE(name, format, 3)                                                                                    \
-    TILE(name, format, 4)                                                                                    \
-    TILE(name, format, 5)                                                                                    \
-    TILE(name, format, 6)                                                                                    \
+#define TILES(name, format, panel)                                                                           \
+    TILE(name, format, panel, 1)                                                                             \
+    TILE(name, format, panel, 2)                                                                             \
+    TILE(name, format, panel, 3)                                                                             \
+    TILE(name, format, panel, 4)                                                                             \
+    TILE(name, format, panel, 5)                                                                             \
+    TILE(name, format, panel, 6)                                                                             \
     static tile_fn *const name[C] = {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6};
 #elif V16_TILE_COLS == 4
-#define TILES(name, format)                                                                                  \
-    TILE(name, format, 1)                                                                                    \
-    TILE(name, format, 2)                                                                                    \
-    TILE(name, format, 3)                                                                                    \
-    TILE(name, format, 4)                                                                                    \
+#define TILES(name, format, panel)                                                                           \
+    TILE(name, format, panel, 1)                                                                             \
+    TILE(name, format, panel, 2)                                                                             \
+    TILE(name, format, panel, 3)                                                                             \
+    TILE(name, format, panel, 4)                                                                             \
     static tile_fn *const name[C] = {name##_1, name##_2, name##_3, name##_4};
 #else
-#define TILES(name, format)                                                                                  \
-    TILE(name, format, 1)                                                                                    \
-    TILE(name, format, 2)                                                                                    \
+#define TILES(name, format, panel)                                                                           \
+    TILE(name, format, panel, 1)                                                                             \
+    TILE(name, format, panel, 2)                                                                             \
     static tile_fn *const name[C] = {name##_1, name##_2};
 #endif
 
-TILES(tiles_f32, QK_F32)
-TILES(tiles_f16, QK_F16)
-TILES(tiles_bf16, QK_BF16)
+TILES(tiles_panel, QK_F32, true)
+TILES(tiles_f32, QK_F32, false)
+TILES(tiles_f16, QK_F16, false)
+TILES(tiles_bf16, QK_BF16, false)
 
 static tile_fn *const *tiles_of(qk_format format)
 {
@@ -114,6 +122,12 @@ static tile_fn *const *tiles_of(qk_format format)
 static int64_t least(int64_t a, int64_t b)
 {
     return a < b ? a : b;
+}
+
+/* k up to whole vectors. */
+static int64_t padded(int64_t k)
+{
+    return (k + 15) / 16 * 16;
 }
 
 static int64_t row_bytes(const qk_matrix *w, int64_t inputs)
@@ -144,32 +158,47 @@ static void decode_row(const qk_matrix *w, bool finite, int64_t n, int64_t k0, i
     if (i < count) v16_store(dst + i, v16_load_as_n(w->format, row, i, (int)(count - i)));
 }
 
-/* Inputs [k0, k1) of `cols` activation rows, in the order the tile reads them. */
-static void copy_block(const float *x, int64_t k, int cols, int64_t k0, int64_t k1, float *dst)
+/* A row's inputs to where the tile finds them among those of `width` rows: [16 / VT_LANES][steps][width]
+ * [VT_LANES], zero-padded. */
+static void spread_row(const float *row, int64_t inputs, int width, float *to)
 {
-    for (int c = 0; c < cols; c++) {
-        const float *from = x + c * k;
-        float *to = dst + c * 16;
-        int64_t i = k0;
-        for (; i + 16 <= k1; i += 16, to += cols * 16) v16_store(to, v16_load(from + i));
-        if (i < k1) v16_store(to, v16_load_n(from + i, (int)(k1 - i)));
+    const int64_t whole = inputs / 16, steps = (inputs + 15) / 16;
+    for (int lane = 0; lane < 16; lane += VT_LANES) {
+        float *at = to + lane * steps * width;
+        for (int64_t i = 0; i < whole; i++, at += width * VT_LANES)
+            vt_store(at, vt_load(row + 16 * i + lane));
+    }
+    if (whole == steps) return;
+    float last[16] = {0};
+    v16_store(last, v16_load_n(row + 16 * whole, (int)(inputs % 16)));
+    for (int lane = 0; lane < 16; lane += VT_LANES) {
+        vt_store(to + (lane * steps + whole * VT_LANES) * width, vt_load(last + lane));
     }
 }
 
-/* m activation rows in tiles as even as can be: narrow ones are slow. Tile `part` starts at this row. */
-static int64_t part_start(int64_t m, int64_t part)
+/* m activation rows in tiles as even as can be: narrow ones are slow. */
+static int64_t parts_of(int64_t m)
 {
-    int64_t parts = (m + C - 1) / C;
-    return m * part / parts;
+    return (m + C - 1) / C;
 }
 
-/* m activation rows at x to consecutive tiles' blocks. */
-static void copy_blocks(const float *x, int64_t k, int64_t m, int64_t k0, int64_t k1, float *dst)
+/* Tile `part` starts at this row. */
+static int64_t part_start(int64_t m, int64_t part)
 {
-    for (int64_t p = 0, c0 = 0; c0 < m; p++) {
-        int64_t c1 = part_start(m, p + 1);
-        copy_block(x + c0 * k, k, (int)(c1 - c0), k0, k1, dst + c0 * ((k1 - k0 + 15) / 16 * 16));
-        c0 = c1;
+    return m * part / parts_of(m);
+}
+
+/* Piece after piece of k, in each of them tile after tile. */
+void QK_NAME(matmul_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1, float *packed)
+{
+    for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
+        const int64_t inputs = least(k - k0, PIECE);
+        for (int64_t t = t0; t < t1; t++) {
+            const int64_t part = ((t + 1) * parts_of(m) - 1) / m, c0 = part_start(m, part);
+            const int cols = (int)(part_start(m, part + 1) - c0);
+            float *to = packed + m * k0 + c0 * padded(inputs) + (t - c0) * VT_LANES;
+            spread_row(x + t * k + k0, inputs, cols, to);
+        }
     }
 }
 
@@ -181,11 +210,11 @@ typedef struct {
     bool finite; /* in: see QK_NAME(is_finite) */
 } source;
 
-static void find_rows(const qk_matrix *w, bool in_place, int64_t n, int rows, int64_t k0, int64_t k1,
-                      float *panel, source *out /* [INOUT] */)
+static void find_rows(const qk_matrix *w, int64_t n, int rows, int64_t k0, int64_t k1, float *panel,
+                      source *out /* [INOUT] */)
 {
-    const int64_t stride = (k1 - k0 + 15) / 16 * 16;
-    in_place = in_place && w->format != QK_4BIT && (k1 - k0) % 16 == 0;
+    const int64_t stride = padded(k1 - k0);
+    const bool in_place = w->format != QK_4BIT && (k1 - k0) % 16 == 0;
     out->tiles = tiles_of(in_place ? w->format : QK_F32);
     out->steps = stride / 16;
     for (int r = 0; r < rows; r++) {
@@ -200,8 +229,9 @@ static void find_rows(const qk_matrix *w, bool in_place, int64_t n, int rows, in
 static void run_tiles(const source *s, int rows, const float *block, int64_t m, bool first, float *acc,
                       const char *next, int64_t bytes)
 {
-    const int64_t parts = (m + C - 1) / C, groups = (rows + R - 1) / R, each = bytes / (parts * groups);
-    work t = {.steps = s->steps, .first = first, .advance = each / (s->steps * (16 / VT_LANES))};
+    const int64_t parts = parts_of(m), groups = (rows + R - 1) / R, each = bytes / (parts * groups);
+    work t = {.steps = s->steps, .lane_end = 16, .first = first};
+    t.advance = each / (s->steps * (16 / VT_LANES));
     for (int64_t p = 0, c0 = 0; p < parts; p++) {
         int64_t c1 = part_start(m, p + 1);
         t.x = block + c0 * s->steps * 16;
@@ -215,12 +245,13 @@ static void run_tiles(const source *s, int rows, const float *block, int64_t m, 
     }
 }
 
-static void finish_strip(const qk_matrix *w, const float *bias, int64_t m, bool add, float *y, int64_t n,
-                         int rows, const float *acc)
+/* Outputs of activation rows [t0, t1), the first of which has its sums at `acc`. */
+static void finish_strip(const qk_matrix *w, const float *bias, int64_t t0, int64_t t1, bool add, float *y,
+                         int64_t n, int rows, const float *acc)
 {
-    for (int64_t c = 0; c < m; c++) {
+    for (int64_t t = t0; t < t1; t++, acc += ACC_STRIDE) {
         for (int r = 0; r < rows; r += 16) {
-            qk_finish(acc + c * ACC_STRIDE + r * 16, bias ? bias + n + r : NULL, add, y + c * w->n + n + r,
+            qk_finish(acc + r * 16, bias ? bias + n + r : NULL, add, y + t * w->n + n + r,
                       rows - r < 16 ? rows - r : 16);
         }
     }
@@ -228,26 +259,22 @@ static void finish_strip(const qk_matrix *w, const float *bias, int64_t m, bool 
 
 /* The parts of `scratch`, in floats. */
 typedef struct {
-    size_t acc, panel, block;
+    size_t acc, panel;
 } room;
 
-static room rooms(const qk_matrix *w, int64_t m)
+static room rooms(int64_t m)
 {
-    bool few = m <= FEW;
-    return (room){(size_t)(least(m, BATCH) * ACC_STRIDE), (size_t)((few ? SUB : STRIP) * PIECE),
-                  (size_t)(few ? m * ((w->k + 15) / 16 * 16) : C * PIECE)};
+    return (room){(size_t)(m * ACC_STRIDE), (size_t)((m <= FEW ? SUB : STRIP + 1) * PIECE)};
 }
 
-static void matmul_few(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
-                       int64_t n0, int64_t n1, float *scratch)
+static void matmul_few(const qk_matrix *w, const float *bias, const float *packed, int64_t m, bool add,
+                       float *y, int64_t n0, int64_t n1, float *scratch)
 {
-    const room at = rooms(w, m);
-    float *acc = scratch, *panel = acc + at.acc, *block = panel + at.panel;
+    float *acc = scratch, *panel = acc + rooms(m).acc;
     const bool finite = w->format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
     const int64_t k = w->k;
     int64_t strip = STRIP_BYTES / row_bytes(w, k + 1) / SUB * SUB;
     strip = strip < SUB ? SUB : least(strip, STRIP);
-    for (int64_t k0 = 0; k0 < k; k0 += PIECE) copy_blocks(x, k, m, k0, least(k, k0 + PIECE), block + k0 * m);
     for (int64_t n = n0; n < n1; n += strip) {
         const int64_t rows = least(strip, n1 - n);
         const char *next = (const char *)w->data + row_bytes(w, (n + strip) * k);
@@ -257,35 +284,57 @@ static void matmul_few(const qk_matrix *w, const float *bias, const float *x, in
                 source s = {.finite = finite};
                 int sub = (int)least(SUB, rows - r);
                 int64_t bytes = row_bytes(w, sub * (k1 - k0));
-                find_rows(w, true, n + r, sub, k0, k1, panel, &s);
-                run_tiles(&s, sub, block + k0 * m, m, k0 == 0, acc + r * 16, next, bytes);
+                find_rows(w, n + r, sub, k0, k1, panel, &s);
+                run_tiles(&s, sub, packed + k0 * m, m, k0 == 0, acc + r * 16, next, bytes);
                 next += bytes;
             }
         }
-        finish_strip(w, bias, m, add, y, n, (int)rows, acc);
+        finish_strip(w, bias, 0, m, add, y, n, (int)rows, acc);
     }
 }
 
-static void matmul_many(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
-                        int64_t n0, int64_t n1, float *scratch)
+/* Tiles [part0, part1) of m activation rows over a strip. */
+static void matmul_strip(const qk_matrix *w, bool finite, const float *bias, const float *packed, int64_t m,
+                         int64_t part0, int64_t part1, bool add, float *y, int64_t n, int rows,
+                         float *scratch)
 {
-    const room at = rooms(w, m);
-    float *acc = scratch, *panel = acc + at.acc, *block = panel + at.panel;
-    const bool finite = w->format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
-    const int64_t k = w->k;
-    for (int64_t n = n0; n < n1; n += STRIP) {
-        const int rows = (int)least(STRIP, n1 - n);
-        for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
-            const int64_t k1 = least(k, k0 + PIECE);
-            source s = {.finite = finite};
-            find_rows(w, false, n, rows, k0, k1, panel, &s);
-            for (int64_t b = 0; b < m; b += C) {
-                int64_t cols = least(C, m - b);
-                copy_blocks(x + b * k, k, cols, k0, k1, block);
-                run_tiles(&s, rows, block, cols, k0 == 0, acc + b * ACC_STRIDE, (const char *)block, 0);
-            }
+    const int64_t k = w->k, t0 = part_start(m, part0);
+    float *panel = scratch + rooms(part_start(m, part1) - t0).acc, *row = panel + STRIP * PIECE;
+    for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
+        const int64_t k1 = least(k, k0 + PIECE), stride = padded(k1 - k0);
+        for (int r = 0; r < rows || r % R; r++) { /* the last group repeats the last row */
+            if (r < rows) decode_row(w, finite, n + r, k0, k1, row);
+            spread_row(row, k1 - k0, R, panel + r / R * R * stride + r % R * VT_LANES);
         }
-        finish_strip(w, bias, m, add, y, n, rows, acc);
+        work t = {.steps = stride / 16, .first = k0 == 0};
+        for (int64_t p = part0; p < part1; p++) {
+            const int64_t c0 = part_start(m, p), c1 = part_start(m, p + 1);
+            float *acc = scratch + (c0 - t0) * ACC_STRIDE;
+            t.x = packed + m * k0 + c0 * stride;
+            for (t.lane = 0; t.lane < 16; t.lane = t.lane_end) {
+                t.lane_end = t.lane + VT_LANES;
+                for (int r = 0; r < rows; r += R) {
+                    t.row[0] = (const char *)(panel + r * stride);
+                    t.acc = acc + r * 16;
+                    tiles_panel[c1 - c0 - 1](&t);
+                }
+            }
+            /* the sums are in the first-level cache */
+            if (k1 == k) finish_strip(w, bias, c0, c1, add, y, n, rows, acc);
+        }
+    }
+}
+
+static void matmul_many(const qk_matrix *w, const float *bias, const float *packed, int64_t m, bool add,
+                        float *y, int64_t n0, int64_t n1, float *scratch)
+{
+    const bool finite = w->format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
+    const int64_t parts = parts_of(m), most = BATCH / C, batches = (parts + most - 1) / most;
+    for (int64_t b = 0; b < batches; b++) {
+        for (int64_t n = n0; n < n1; n += STRIP) {
+            matmul_strip(w, finite, bias, packed, m, parts * b / batches, parts * (b + 1) / batches, add, y,
+                         n, (int)least(STRIP, n1 - n), scratch);
+        }
     }
 }
 
@@ -296,11 +345,16 @@ static bool is_direct(const qk_matrix *w, int64_t m)
     return m <= V16_DIRECT_COLS && w->k % 16 == 0;
 }
 
+size_t QK_NAME(matmul_packed)(const qk_matrix *w, int64_t m)
+{
+    return is_direct(w, m) ? 0 : (size_t)(m * padded(w->k)) * sizeof(float);
+}
+
 size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m)
 {
     if (is_direct(w, m)) return 0;
-    room at = rooms(w, m);
-    return (at.acc + at.panel + at.block) * sizeof(float);
+    room at = rooms(least(m, BATCH));
+    return (at.acc + at.panel) * sizeof(float);
 }
 
 void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
@@ -311,14 +365,5 @@ void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int6
         QK_NAME(direct)(w, bias, x, m, add, y, n0, n1);
         return;
     }
-    if (m <= FEW) {
-        matmul_few(w, bias, x, m, add, y, n0, n1, scratch);
-        return;
-    }
-    const int64_t batches = (m + BATCH - 1) / BATCH;
-    for (int64_t b = 0, t = 0; b < batches; b++) {
-        int64_t end = m * (b + 1) / batches;
-        matmul_many(w, bias, x + t * w->k, end - t, add, y + t * w->n, n0, n1, scratch);
-        t = end;
-    }
+    (m <= FEW ? matmul_few : matmul_many)(w, bias, x, m, add, y, n0, n1, scratch);
 }

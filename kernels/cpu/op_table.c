@@ -9,6 +9,8 @@ extern const qk_cpu QK_NAME(cpu);
 const qk_cpu QK_NAME(cpu) = {
     .isa = QK_STRING(QK_ISA),
     .matmul_rows_multiple = 48,
+    .matmul_packed = QK_NAME(matmul_packed),
+    .matmul_pack = QK_NAME(matmul_pack),
     .matmul_scratch = QK_NAME(matmul_scratch),
     .matmul = QK_NAME(matmul),
     .attention = QK_NAME(attention),

@@ -4,6 +4,8 @@
 
 #include "v16.h"
 
+size_t QK_NAME(matmul_packed)(const qk_matrix *w, int64_t m);
+void QK_NAME(matmul_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1, float *packed);
 size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m);
 void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                      int64_t n0, int64_t n1, void *scratch);

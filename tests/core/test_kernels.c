@@ -10,9 +10,14 @@ static void run_matmul(const qk_cpu *cpu, const qk_matrix *w, const float *bias,
 {
     size_t bytes = cpu->matmul_scratch(w, m);
     void *scratch = new_bytes(bytes);
-    for (int64_t n = 0; n < w->n; n += step) {
-        cpu->matmul(w, bias, x, m, add, y, n, n + step < w->n ? n + step : w->n, scratch);
+    float *packed = cpu->matmul_packed(w, m) ? new_bytes(cpu->matmul_packed(w, m)) : NULL;
+    for (int64_t t = 0; packed && t < m; t += step) {
+        cpu->matmul_pack(x, w->k, m, t, t + step < m ? t + step : m, packed);
     }
+    for (int64_t n = 0; n < w->n; n += step) {
+        cpu->matmul(w, bias, packed ? packed : x, m, add, y, n, n + step < w->n ? n + step : w->n, scratch);
+    }
+    free(packed);
     free(scratch);
 }
 
@@ -86,6 +91,9 @@ static void test_large_products(void **state)
     for (qk_format f = QK_BF16; f <= QK_4BIT; f++) {
         qk_matrix w = new_matrix(f, 5, 16400, 64, QK_BF16);
         check_product(&w, 98);
+        free_matrix(&w);
+        w = new_matrix(f, 5, 40, 64, QK_BF16);
+        check_product(&w, 1031);
         free_matrix(&w);
     }
 }

@@ -32,6 +32,7 @@ typedef struct {
     int64_t tokens;
     const float *x;
     float *y;
+    float *order; /* x as products read it */
     void *scratch;
     uint8_t *packed;
     float *absmax;
@@ -56,7 +57,9 @@ static float *numbers(uint64_t seed, int64_t n)
 
 static void run_matmul(const call *c)
 {
-    c->qk->matmul(&c->w, NULL, c->x, c->tokens, false, c->y, 0, c->w.n, c->scratch);
+    const bool pack = c->qk->matmul_packed(&c->w, c->tokens) > 0;
+    if (pack) c->qk->matmul_pack(c->x, c->w.k, c->tokens, 0, c->tokens, c->order);
+    c->qk->matmul(&c->w, NULL, pack ? c->order : c->x, c->tokens, false, c->y, 0, c->w.n, c->scratch);
 }
 
 static void run_attention(const call *c)
@@ -179,6 +182,7 @@ int main(int argc, char **argv)
     else
         make_dense(&c, kernels[i].format);
     make_attention(&c);
+    c.order = room(c.qk->matmul_packed(&c.w, c.tokens) + 64);
     size_t bytes = c.qk->matmul_scratch(&c.w, c.tokens);
     c.scratch = room(bytes > QK_ATTENTION_SCRATCH ? bytes : QK_ATTENTION_SCRATCH);
     measured_call(kernels[i].run, &c);
