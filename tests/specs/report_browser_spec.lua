@@ -100,7 +100,8 @@ function labels(d, width) {
     const boxes = texts.map(t => t.getBoundingClientRect());
     boxes.forEach((a, i) => {
       const name = width + " " + svg.getAttribute("aria-labelledby") + ": " + texts[i].textContent;
-      if (a.left < box.left - 1 || a.right > box.right + 2 || a.top < box.top - 3 || a.bottom > box.bottom + 2)
+      if (a.left < box.left - 1 || a.right > box.right + 2 || a.top < box.top - 3
+          || a.bottom > box.bottom + 2)
         found.outside.push(name);
       for (let j = 0; j < i; j++) {
         const b = boxes[j];
