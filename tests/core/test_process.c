@@ -1,10 +1,12 @@
-/* What the process says of the memory around it. */
+/* What the process says of the memory around it, and of itself. */
 #include "file_help.h"
 
 #include "process.h"
 
+#include <signal.h>
 #include <stdint.h>
 #include <sys/resource.h>
+#include <sys/wait.h>
 
 static void room_is(size_t expected, const char *max, const char *current, const char *stat)
 {
@@ -42,9 +44,33 @@ static void check_address_space(void **state)
     assert_int_equal(available, 0);
 }
 
+/* A process has an identity as long as it runs; one that is dead and not yet waited for has none. */
+static void check_identity(void **state)
+{
+    (void)state;
+    char mine[QL_PROCESS_IDENTITY], again[QL_PROCESS_IDENTITY], other[QL_PROCESS_IDENTITY];
+    assert_true(ql_process_identity(getpid(), mine));
+    assert_true(ql_process_identity(getpid(), again));
+    assert_string_equal(mine, again);
+    assert_true(strchr(mine, ' ') > mine);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0)
+        for (;;) pause();
+    assert_true(ql_process_identity(child, other));
+    assert_int_equal(kill(child, SIGKILL), 0);
+    siginfo_t info;
+    assert_int_equal(waitid(P_PID, (id_t)child, &info, WEXITED | WNOWAIT), 0);
+    assert_false(ql_process_identity(child, other));
+    assert_string_equal(other, "");
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    assert_false(ql_process_identity(child, other));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test_setup_teardown(check_group, make_temp, remove_temp),
-                                       cmocka_unit_test(check_address_space)};
+                                       cmocka_unit_test(check_address_space),
+                                       cmocka_unit_test(check_identity)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
