@@ -22,7 +22,6 @@ local opts = cli.parse {
     { "max_length", kind = "integer", default = 512, min = 1,
       help = "questions with more tokens are left out" },
     { "logits", default = "all", choices = { "all", "last" }, help = "positions whose logits are computed" },
-    "output_path",
   },
 }
 local run <close> = experiment.open("batch_sweep.lua", opts)

@@ -16,7 +16,6 @@ local opts = cli.parse {
   options = experiment.options {
     { "tasks", default = { experiment.bundled_task } }, "limit", "batch_size",
     { "codebook", metavar = "FILE", help = "Lua file that returns 16 numbers (default: evenly spaced ones)" },
-    "output_path",
   },
 }
 local run <close> = experiment.open("codebook.lua", opts, { twin = false })

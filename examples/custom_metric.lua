@@ -14,7 +14,7 @@ local opts = cli.parse {
   name = "custom_metric.lua",
   summary = "A metric written in Lua, beside the built-in ones.",
   options = experiment.options {
-    { "tasks", default = { experiment.bundled_task } }, "limit", "batch_size", "metric", "output_path",
+    { "tasks", default = { experiment.bundled_task } }, "limit", "batch_size", "metric",
   },
 }
 local run <close> = experiment.open("custom_metric.lua", opts)
@@ -29,9 +29,7 @@ end)
 
 local list = table.move(run.metrics, 1, #run.metrics, 3, { kept, metrics.kl() })
 local rows, too_long = run:question_rows "question"
-run:last_positions(rows, { each = function(reference, test, item)
-  metrics.add(list, reference, test, item)
-end })
+local set = run:last_positions(rows, list)
 results.metrics(run, { task = run.items.subject .. ", after the question", questions = #run.items,
-  too_long = too_long, rows = rows, pair = metrics.summary(list, opts.seed), control = {} })
+  too_long = too_long, rows = rows, set = set, pair = metrics.summary(list, opts.seed), control = {} })
 run:finish()

@@ -20,7 +20,7 @@ local opts = cli.parse {
     { "position", default = "question", choices = { "question", "answer" },
       help = "after the bare question, or where MMLU's prompt wants the letter" },
     { "top_p", kind = "number", default = 0.9, above = 0, max = 1, help = "mass of the nucleus" },
-    "metric", "output_path", "log_samples",
+    "metric", "log_samples",
   },
 }
 local run <close> = experiment.open("jaccard.lua", opts)
@@ -39,17 +39,11 @@ local function measures(user)
 end
 
 local pair, control = measures(run.metrics), measures(run:must(metrics.load_all(opts.metric)))
-run:last_positions(rows, {
-  control = true,
-  each = function(reference, test, item, again)
-    metrics.add(pair, reference, test, item)
-    metrics.add(control, reference, again, item)
-  end,
-})
+local set = run:last_positions(rows, pair, control)
 
 results.metrics(run, {
   task = ("%s, after the %s"):format(run.items.subject, opts.position),
-  questions = #run.items, too_long = too_long, rows = rows,
+  questions = #run.items, too_long = too_long, rows = rows, set = set,
   pair = metrics.summary(pair, opts.seed), control = metrics.summary(control, opts.seed),
 })
 run:finish()

@@ -16,7 +16,6 @@ local opts = cli.parse {
   options = experiment.options {
     { "tasks", default = { experiment.bundled_task } }, { "limit", default = 100 }, "batch_size",
     { "by", default = "layer", choices = { "layer", "kind" }, help = "what is quantized together" },
-    "output_path",
   },
 }
 local run <close> = experiment.open("mixed_precision.lua", opts, { twin = false })

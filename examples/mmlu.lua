@@ -25,7 +25,9 @@ local opts = cli.parse {
       help = "ours, or that of the post of 2024" },
     { "max_gen_toks", kind = "integer", default = 256, min = 1, help = "longest written answer in tokens" },
     { "temperature", kind = "number", min = 0, help = "of written answers (default: 0, greedy; post: 0.1)" },
-    "apply_chat_template", "metric", { "output_path", default = "results" }, "log_samples",
+    { "control", default = "true", choices = { "true", "false" },
+      help = "by log-likelihood the full model twice, in batches of two sizes: what is noise" },
+    "apply_chat_template", "metric", "log_samples",
   },
 }
 local post = opts.protocol == "post"
@@ -34,53 +36,58 @@ if post then opts.batch_size = 1 end
 local run <close> = experiment.open("mmlu.lua", opts, { several = true })
 local models = { run.full, run.test }
 
---- One task: tokenize, run both models, gather.
-local function outcome(o, evaluator)
+--- One task: tokenize, run both models, gather; `inputs` are what answers depend on beside the prompts.
+local function outcome(o, inputs, passes, evaluator)
   o.prepared = evaluate.prepare(run.tokenizer, o.task, o.items, { max_context = run.context,
     template = o.template })
-  if o.task.kind == "loglikelihood" then
-    run:foresee(evaluate.loglikelihood_passes(o.prepared, opts))
-  else
-    run:foresee(evaluate.generation_passes(o.prepared, { batch_size = opts.batch_size,
-      max_new_tokens = opts.max_gen_toks, max_context = run.context }))
+  local how = { device = run.device, batch_size = opts.batch_size, template = o.template,
+    generation = o.generation, control = o.control ~= nil, max_new_tokens = opts.max_gen_toks,
+    max_context = run.context }
+  if run:foresee(passes(o.prepared, how)) then return o end
+  inputs.chat_template = o.template and (opts.apply_chat_template or true)
+  inputs.num_fewshot = opts.num_fewshot
+  how.map = run:mapper(o.task.name, { inputs = inputs, data = { o.items }, code = o.pair,
+    again = metrics.unkept(o.pair or {}) }, o)
+  how.each = o.pair and function(reference, test, p, again)
+    local item = setmetatable({ target = p.target, index = p.index }, { __index = p.item })
+    return { values = metrics.add(o.pair, reference, test, item),
+      noise = again and metrics.add(o.control, reference, again, item) }
   end
-  if opts.dry_run then return o end
-  o.evaluations = evaluate.evaluations(#models)
-  local bar <close> = run:progress(#o.items, o.task.name)
-  run:keeping(function()
-    run:must(evaluator(o.prepared, { device = run.device, batch_size = opts.batch_size, progress = bar,
-      evaluations = o.evaluations }))
-  end)
-  evaluate.trim(o.evaluations)
+  o.evaluations, o.rows = evaluator(o.prepared, how)
+  run:must(o.evaluations, o.rows)
   return o
 end
 
 local function by_loglikelihood(items)
   local fewshot = opts.num_fewshot > 0 and run:fewshot(items) or nil
-  local task = tasks.mmlu { subject = items.subject, fewshot = fewshot, num_fewshot = opts.num_fewshot }
-  local template = opts.apply_chat_template and run:template(opts.apply_chat_template) or nil
-  local list = { metrics.kl(), metrics.delta_p() }
-  table.move(run.metrics, 1, #run.metrics, #list + 1, list)
-  local o = outcome({ task = task, items = items, template = template }, function(prepared, how)
-    how.each = function(reference, test, p)
-      metrics.add(list, reference, test, setmetatable({ target = p.target, index = p.index },
-        { __index = p.item }))
-    end
-    return evaluate.loglikelihood(models, prepared, how)
-  end)
-  o.metrics = not opts.dry_run and metrics.summary(list, opts.seed) or nil
+  local function measures()
+    local user = run:must(metrics.load_all(opts.metric))
+    return run:must(metrics.distinct { metrics.kl(), metrics.delta_p(), table.unpack(user) })
+  end
+  local o = outcome({ items = items, pair = measures(),
+    control = opts.control == "true" and measures() or nil,
+    task = tasks.mmlu { subject = items.subject, fewshot = fewshot, num_fewshot = opts.num_fewshot },
+    template = opts.apply_chat_template and run:template(opts.apply_chat_template) or nil },
+    { control = opts.control }, evaluate.loglikelihood_passes, function(prepared, how)
+      return evaluate.loglikelihood(models, prepared, how)
+    end)
+  if opts.dry_run then return o end
+  metrics.restore(o.pair, o.rows, "values")
+  o.metrics = metrics.summary(o.pair, opts.seed)
+  if o.control then
+    metrics.restore(o.control, o.rows, "noise")
+    o.control_metrics = metrics.summary(o.control, opts.seed)
+  end
   return o
 end
 
 local function by_generation(items)
   local task = post and tasks.post { subject = items.subject } or tasks.boxed { subject = items.subject }
   if task.keep then items = data.filter(items, task.keep) end
-  local template = run:template(opts.apply_chat_template, "optional")
   local generation = { max_new_tokens = opts.max_gen_toks, seed = opts.seed,
     temperature = opts.temperature or task.generation.temperature }
-  return outcome({ task = task, items = items, template = template, generation = generation },
-    function(prepared, how)
-      how.template, how.generation = template, generation
+  return outcome({ task = task, items = items, template = run:template(opts.apply_chat_template, "optional"),
+    generation = generation }, generation, evaluate.generation_passes, function(prepared, how)
       return evaluate.generation(models, run.tokenizer, task, prepared, how)
     end)
 end

@@ -21,7 +21,6 @@ local opts = cli.parse {
     { "context", kind = "integer", min = 4, metavar = "N",
       help = "tokens of a window; default is 512, or the model's context where that is less" },
     { "limit", kind = "integer", min = 1, metavar = "N", help = "only the first N windows" },
-    "output_path",
   },
 }
 
@@ -58,18 +57,10 @@ if run:foresee { { tokens = fed, longest = fed, outputs = #windows[1].targets, s
   run:finish()
 end
 
-local bar <close> = run:progress(#windows, "windows")
-local values, done = nil, 0
-run:keeping(function()
-  run:must(perplexity.run(run.full, run.test, windows, function(all)
-    values, done = all, done + 1
-    bar:step()
-  end))
-end)
-bar:close()
+local values, done, set = perplexity.measure(run, windows)
 if done * #windows[1].targets < 2 then run:finish() end
 perplexity.keep(windows, values, done)
 local summary = perplexity.summary(values)
 
-results.perplexity(run, windows, summary)
+results.perplexity(run, windows, summary, { sha256 = windows.sha256, set = set })
 run:finish()

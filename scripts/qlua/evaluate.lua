@@ -6,6 +6,7 @@
 
 local _ENV <const> = require "qlua.strict"
 
+local json = require "qlua.json"
 local sys = require "qlua.sys"
 local tasks = require "qlua.tasks"
 
@@ -110,17 +111,33 @@ function evaluate.prepare(tok, task, items, options)
   return list
 end
 
---- The questions in batches of at most `size`, those that are too long left out.
-local function batches(prepared, size)
-  local list, batch = {}, {}
+--- The questions that are not too long.
+local function fitting(prepared)
+  local list = {}
   for _, p in ipairs(prepared) do
-    if not p.too_long then
-      batch[#batch + 1] = p
-      if #batch == size then list[#list + 1], batch = batch, {} end
-    end
+    if not p.too_long then list[#list + 1] = p end
   end
-  if #batch > 0 then list[#list + 1] = batch end
   return list
+end
+
+--- The same in batches of at most `size`.
+local function batches(prepared, size)
+  local list, all = {}, fitting(prepared)
+  for first = 1, #all, size do
+    list[#list + 1] = table.move(all, first, math.min(first + size - 1, #all), 1, {})
+  end
+  return list
+end
+
+--- qlua.experiment's run:map without a store: fn's values for a list of elements, batch by batch.
+local function in_memory(list, options, fn)
+  local values = {}
+  for first = 1, #list, options.batch do
+    local made, err = fn(table.move(list, first, math.min(first + options.batch - 1, #list), 1, {}), first)
+    if not made then return nil, err end
+    table.move(made, 1, #made, first, values)
+  end
+  return values
 end
 
 --- Model numbers in the order of batch `i`: A B, then B A.
@@ -129,6 +146,9 @@ local function order(count, i)
   for k = 1, count do list[k] = i % 2 == 1 and k or count + 1 - k end
   return list
 end
+
+--- The number of the batch that begins with element `first`.
+local function turn(first, options) return (first - 1) // options.batch_size + 1 end
 
 --- Whether all choices of a question follow its context, token for token: only then they can share it.
 local function follows_context(p)
@@ -141,27 +161,30 @@ local function follows_context(p)
   return true
 end
 
+--- Rows of a question that begin with what all questions begin with.
+local function rows_of(p) return p.choices and not follows_context(p) and #p.choices or 1 end
+
 --- What a batch feeds to the models, after the `skip` first tokens of every row, which are there already.
 ---
 --- First one row for each question: its context, whose last logits score the first token of every choice; a
 --- question whose choices do not all follow its context has a row for each of them. Then, where choices are
 --- longer than one token, a row for the rest of each, which goes on from the question's row.
----@return { rows: integer[][], counts: integer[], places: table, rest: table, tokens: integer }
----  places[question][choice] = { first, last } among the logits of `rows`; rest = { rows, counts, parents,
----  places }, places nil where a choice has none
+---@return { rows: integer[][], counts: integer[], places: table, rest: table, fed: integer[] }
+---  fed: tokens of each question; places[question][choice] = { first, last } among the logits of `rows`; rest
+---  = { rows, counts, parents, places }, places nil where a choice has none
 local function layout(batch, skip)
-  local plan = { rows = {}, counts = {}, places = {}, tokens = 0,
+  local plan = { rows = {}, counts = {}, places = {}, fed = {},
     rest = { rows = {}, counts = {}, parents = {}, places = {} } }
   local rest, at, rest_at = plan.rest, 0, 0
-  local function add(ids, last, count)
+  local function add(b, ids, last, count)
     local row = table.move(ids, skip + 1, last, 1, {})
     plan.rows[#plan.rows + 1], plan.counts[#plan.counts + 1] = row, count
-    plan.tokens, at = plan.tokens + #row, at + count
+    plan.fed[b], at = plan.fed[b] + #row, at + count
     return at
   end
   for b, p in ipairs(batch) do
-    plan.places[b], rest.places[b] = {}, {}
-    local shared = follows_context(p) and add(p.context, #p.context, 1)
+    plan.places[b], rest.places[b], plan.fed[b] = {}, {}, 0
+    local shared = follows_context(p) and add(b, p.context, #p.context, 1)
     local parent = #plan.rows
     for c, choice in ipairs(p.choices) do
       local n = #choice.continuation
@@ -172,10 +195,10 @@ local function layout(batch, skip)
           rest.rows[#rest.rows + 1], rest.counts[#rest.counts + 1] = row, n - 1
           rest.parents[#rest.parents + 1] = parent
           rest.places[b][c] = { rest_at + 1, rest_at + n - 1 }
-          plan.tokens, rest_at = plan.tokens + #row, rest_at + n - 1
+          plan.fed[b], rest_at = plan.fed[b] + #row, rest_at + n - 1
         end
       else
-        local last = add(choice.row, #choice.row, n)
+        local last = add(b, choice.row, #choice.row, n)
         plan.places[b][c] = { last - n + 1, last }
       end
     end
@@ -252,9 +275,12 @@ end
 ---@field answer integer?    the model's choice 1..4; nil: none could be read (generation)
 ---@field correct boolean
 ---@field text string?       what the model wrote (generation)
+---@field ids integer[]?     its tokens
 ---@field words integer?
 ---@field stop string?       why it stopped writing
 ---@field kernels string[]   product and attention kernels that ran for its batch
+---@field seconds number     its share of its batch's, as prefill_seconds and decode_seconds
+---@field prompt_tokens integer
 
 ---@class qlua.evaluation    one model
 ---@field results qlua.scored[]  in the items' order, without those that are too long
@@ -266,45 +292,74 @@ end
 ---@field decode_tokens integer
 ---@field words integer?
 
---- Empty evaluations for `count` models, to be filled in as batches finish: what an interrupted run keeps.
----@param count integer
----@return qlua.evaluation[]
-function evaluate.evaluations(count)
-  local list = {}
-  for i = 1, count do
-    list[i] = { results = {}, seconds = 0, prefill_seconds = 0, decode_seconds = 0, prompt_tokens = 0,
-      shared_tokens = 0, decode_tokens = 0, words = 0 }
-  end
-  return list
-end
+---@class qlua.question_row  what is known of a question when its batch is finished; JSON can hold it
+---@field index integer      place of the question in the list
+---@field doc { question: string, choices: string[], answer: integer }
+---@field prompt string
+---@field models table[]     qlua.scored of each model, without `prepared`
+---@field control table?     of the first model again, in batches of another size
+---@field [string] any       fields that `each` returned
 
---- Drops results of a batch that only some of the models finished, so that all have the same questions.
----@param evaluations qlua.evaluation[]
-function evaluate.trim(evaluations)
-  local least = math.huge
-  for _, e in ipairs(evaluations) do least = math.min(least, #e.results) end
-  for _, e in ipairs(evaluations) do
-    for i = #e.results, least + 1, -1 do
-      e.words = e.words - (e.results[i].words or 0)
-      e.results[i] = nil
-    end
-  end
-end
-
----@class qlua.run_options
+---@class qlua.evaluate_options
 ---@field device qlua.device
 ---@field batch_size integer
----@field share? boolean  false: every row goes through the models whole (default true)
----@field progress? { step: function }
----@field evaluations? qlua.evaluation[]  filled in batch by batch; default: new ones
----@field each? fun(reference: qlua.tensor, test: qlua.tensor, prepared: qlua.prepared)  logits at the answer
----  position
+---@field share? boolean    false: every row goes through the models whole (default true)
+---@field control? boolean  the first model once more, in batches of another size: what differs is noise
+---@field map? fun(list: any[], options: table, fn: function): any[]?, qlua.failure?  run:map of
+---  qlua.experiment, less its name; default: all in memory
+---@field each? fun(reference: qlua.tensor, test: qlua.tensor, prepared: qlua.prepared, control:
+---  qlua.tensor?): table?  logits at the answer's position; the fields it returns stand in the row
 
---- The kernels that ran are those of the last `count` results.
-local function add_kernels(evaluation, count, kernels)
-  for i = #evaluation.results - count + 1, #evaluation.results do
-    evaluation.results[i].kernels = kernels
+--- A question's row, still without what the models made of it.
+local function row_of(p)
+  return { index = p.index, prompt = p.prompt, models = {}, doc = { question = p.item.question,
+    choices = p.item.choices, answer = p.item.answer } }
+end
+
+--- What tells a question's row from others of its set: the prompt, and with `shared` how many of its tokens
+--- all questions begin with.
+---@param p qlua.prepared
+---@param shared integer|string|false|nil
+---@return string
+function evaluate.row_id(p, shared)
+  return sys.sha256(("%d %s %d %s"):format(p.index, shared or "-", p.item.answer, p.prompt))
+end
+
+local ADDED <const> = { "seconds", "prefill_seconds", "decode_seconds", "prompt_tokens", "decode_tokens",
+  "words" }
+
+--- One model's evaluation, from its part of every row. `shared` tokens, which all prompts begin with, went
+--- through the model once.
+local function evaluation_of(rows, by_index, part_of, shared)
+  local e = { results = {}, shared_tokens = #rows * shared }
+  for _, field in ipairs(ADDED) do e[field] = field:find "seconds" and 0.0 or 0 end
+  local begun = 0.0
+  for i, row in ipairs(rows) do
+    local part = part_of(row)
+    part.prepared = by_index[row.index]
+    e.results[i] = part
+    for _, field in ipairs(ADDED) do e[field] = e[field] + (part[field] or 0) end
+    if shared > 0 then
+      e.prompt_tokens = e.prompt_tokens - rows_of(part.prepared) * shared
+      begun = begun + part.begun_seconds / #rows
+    end
   end
+  if #rows > 0 then e.prompt_tokens = e.prompt_tokens + shared end
+  e.seconds, e.prefill_seconds = e.seconds + begun, e.prefill_seconds + begun
+  return e
+end
+
+--- Evaluations of `count` models and, where there was one, of the control.
+local function gathered(rows, prepared, count, shared, control)
+  local by_index, list = {}, {}
+  for _, p in ipairs(prepared) do by_index[p.index] = p end
+  for m = 1, count do
+    list[m] = evaluation_of(rows, by_index, function(row) return row.models[m] end, shared)
+  end
+  if control then
+    list[count + 1] = evaluation_of(rows, by_index, function(row) return row.control end, shared)
+  end
+  return list
 end
 
 --- Names of all kernels that ran for the results of one model, in alphabetical order.
@@ -352,32 +407,118 @@ local function run_batch(model, batch, plan, begun, device)
   return results, logits, prefilled
 end
 
---- Runs every model over the tokens that all rows begin with: what each keeps of them. The time and the
---- tokens are the model's.
-local function begin_rows(models, prepared, options, evaluations, begun)
-  local skip = options.share ~= false and evaluate.shared_tokens(prepared) or 0
-  if skip == 0 then return skip end
-  local ids
-  for _, p in ipairs(prepared) do
-    if not p.too_long then
-      ids = table.move(p.choices[1].row, 1, skip, 1, {})
-      break
-    end
-  end
-  for m, model in ipairs(models) do
-    options.device:sync()
+---@class qlua.scorer    scores the choices of questions with every model, batch by batch
+---@field skip integer     tokens that all questions begin with: they go through each model once, before the
+---  first batch that is run
+local scorer = {}
+scorer.__index = scorer
+
+---@param models qlua.model[]
+---@param prepared qlua.prepared[]
+---@param options qlua.evaluate_options
+---@return qlua.scorer
+function evaluate.scorer(models, prepared, options)
+  local self = setmetatable({ models = models, options = options, device = options.device,
+    skip = options.share ~= false and evaluate.shared_tokens(prepared) or 0, seconds = {} }, scorer)
+  local first = fitting(prepared)[1]
+  self.head = first and table.move(first.choices[1].row, 1, self.skip, 1, {})
+  return self
+end
+
+function scorer:close()
+  for _, kept in pairs(self.begun or {}) do kept:close() end
+  self.begun = nil
+end
+
+scorer.__close = scorer.close
+
+--- Runs every model over the tokens that all rows begin with.
+function scorer:begin()
+  if self.begun or self.skip == 0 then return true end
+  self.begun = {}
+  for m, model in ipairs(self.models) do
+    self.device:sync()
     local begin = sys.time()
-    local none, kept = model:forward({ ids }, { rows = { 0 }, keep = true })
+    local none, kept = model:forward({ self.head }, { rows = { 0 }, keep = true })
     if not none then return nil, kept end
     none:close()
-    begun[m] = kept
-    local synced, err = options.device:sync()
+    self.begun[m] = kept
+    local synced, err = self.device:sync()
     if not synced then return nil, err end
-    local e, seconds = evaluations[m], sys.time() - begin
-    e.prefill_seconds, e.seconds = e.prefill_seconds + seconds, e.seconds + seconds
-    e.prompt_tokens = e.prompt_tokens + skip
+    self.seconds[m] = sys.time() - begin
   end
-  return skip
+  return true
+end
+
+--- A batch through model m: a part of every question's row, and the logits with the plan of where they are.
+function scorer:run(m, batch)
+  local plan = layout(batch, self.skip)
+  self.device:kernels()
+  self.device:sync()
+  local begin = sys.time()
+  local parts, logits, prefilled = run_batch(self.models[m], batch, plan, self.begun and self.begun[m],
+    self.device)
+  if not parts then return nil, logits end
+  local seconds, kernels = sys.time() - begin, json.array(self.device:kernels())
+  for b, part in ipairs(parts) do
+    part.answer = tasks.argmax(part.scores)
+    part.correct = part.answer == batch[b].item.answer
+    part.kernels, part.begun_seconds = kernels, self.seconds[m]
+    part.seconds, part.prefill_seconds = seconds / #batch, (prefilled - begin) / #batch
+    part.prompt_tokens = plan.fed[b] + rows_of(batch[b]) * self.skip
+  end
+  return parts, logits, plan
+end
+
+--- The first model again, in batches of half the size; a question that is alone has itself beside it.
+--- kept[b]: the logits at question b's answer.
+function scorer:again(batch, rows, kept)
+  local size = math.max(1, #batch // 2)
+  for first = 1, #batch, size do
+    local some = table.move(batch, first, math.min(first + size - 1, #batch), 1, {})
+    local n = #some
+    if #batch == 1 then some[2] = some[1] end
+    local parts, logits, plan = self:run(1, some)
+    if not parts then return nil, logits end
+    kept["of " .. first] = logits
+    for b = 1, n do
+      rows[first + b - 1].control = parts[b]
+      kept[first + b - 1] = logits:select(1, plan.places[b][1][1])
+    end
+  end
+  return true
+end
+
+--- The rows of a batch, the one that begins with question `first` of those that are not too long.
+---@param batch qlua.prepared[]
+---@param first integer
+---@return qlua.question_row[]?, qlua.failure?
+function scorer:rows(batch, first)
+  local begun, err = self:begin()
+  if not begun then return nil, err end
+  local options, rows = self.options, {}
+  for b, p in ipairs(batch) do rows[b] = row_of(p) end
+  local kept <close> = together()
+  local again <close> = together()
+  local plan
+  for _, m in ipairs(order(#self.models, turn(first, options))) do
+    local parts, logits
+    parts, logits, plan = self:run(m, batch)
+    if not parts then return nil, logits end
+    kept[m] = logits
+    for b, part in ipairs(parts) do rows[b].models[m] = part end
+  end
+  if options.control then
+    local done, why = self:again(batch, rows, again)
+    if not done then return nil, why end
+  end
+  for b, p in ipairs(options.each and #self.models > 1 and batch or {}) do
+    local at = plan.places[b][1][1]
+    local reference <close> = kept[1]:select(1, at)
+    local test <close> = kept[2]:select(1, at)
+    for field, value in pairs(options.each(reference, test, p, again[b]) or {}) do rows[b][field] = value end
+  end
+  return rows
 end
 
 --- Scores the choices of every question with every model. What all questions begin with (the task's
@@ -385,46 +526,16 @@ end
 --- and length of its choices: the rest goes on from the keys and values of what came before.
 ---@param models qlua.model[]
 ---@param prepared qlua.prepared[]
----@param options qlua.run_options
----@return qlua.evaluation[]?, qlua.failure?
+---@param options qlua.evaluate_options
+---@return qlua.evaluation[]?  one a model, and one of the control
+---@return qlua.question_row[]|qlua.failure
 function evaluate.loglikelihood(models, prepared, options)
-  local evaluations = options.evaluations or evaluate.evaluations(#models)
-  local begun <close> = together()
-  local skip, why = begin_rows(models, prepared, options, evaluations, begun)
-  if not skip then return nil, why end
-  for i, batch in ipairs(batches(prepared, options.batch_size)) do
-    local plan = layout(batch, skip)
-    local kept <close> = together()
-    for _, m in ipairs(order(#models, i)) do
-      options.device:kernels()
-      options.device:sync()
-      local begin = sys.time()
-      local results, logits, prefilled = run_batch(models[m], batch, plan, begun[m], options.device)
-      if not results then return nil, logits end
-      kept[m] = logits
-      local e = evaluations[m]
-      e.prefill_seconds = e.prefill_seconds + prefilled - begin
-      for b, r in ipairs(results) do
-        r.prepared = batch[b]
-        r.answer = tasks.argmax(r.scores)
-        r.correct = r.answer == batch[b].item.answer
-        e.results[#e.results + 1] = r
-      end
-      e.seconds = e.seconds + sys.time() - begin
-      e.prompt_tokens, e.shared_tokens = e.prompt_tokens + plan.tokens, e.shared_tokens + #batch * skip
-      add_kernels(e, #batch, options.device:kernels())
-    end
-    if options.each and #models > 1 then
-      for b, p in ipairs(batch) do
-        local at = plan.places[b][1][1]
-        local reference <close> = kept[1]:select(1, at)
-        local test <close> = kept[2]:select(1, at)
-        options.each(reference, test, p)
-      end
-    end
-    if options.progress then options.progress:step(#batch) end
-  end
-  return evaluations
+  local all <close> = evaluate.scorer(models, prepared, options)
+  local rows, err = (options.map or in_memory)(fitting(prepared), { batch = options.batch_size,
+    id = function(p, _, exact) return evaluate.row_id(p, not exact and all.skip) end },
+    function(batch, first) return all:rows(batch, first) end)
+  if not rows then return nil, err end
+  return gathered(rows, prepared, #models, all.skip, options.control), rows
 end
 
 --- What the passes of a run will hold at once: qlua.forecast makes bytes of it.
@@ -447,29 +558,34 @@ local function sum(list)
   return total
 end
 
+--- Adds the passes of a batch, which goes on from `skip` tokens.
+local function add_passes(list, batch, skip)
+  local plan = layout(batch, skip)
+  local longest, tokens = longest_of(plan.rows)
+  local pass = { tokens = tokens, longest = skip + longest, outputs = sum(plan.counts),
+    slots = skip + #plan.rows * skip + tokens }
+  list[#list + 1] = pass
+  local more, rest = longest_of(plan.rest.rows)
+  if rest == 0 then return end
+  -- the questions' rows and logits are still there, their working memory until the new rows have slots
+  local slots = pass.slots + rest
+  for _, parent in ipairs(plan.rest.parents) do slots = slots + skip + #plan.rows[parent] end
+  list[#list + 1] = { tokens = tokens, longest = pass.longest, outputs = pass.outputs, slots = slots }
+  list[#list + 1] = { tokens = rest, longest = pass.longest + more,
+    outputs = pass.outputs + sum(plan.rest.counts), slots = slots }
+end
+
 --- The passes of evaluate.loglikelihood.
 ---@param prepared qlua.prepared[]
----@param options { batch_size: integer, share: boolean? }
+---@param options { batch_size: integer, share: boolean?, control: boolean? }
 ---@return qlua.pass[]
 function evaluate.loglikelihood_passes(prepared, options)
   local skip = options.share ~= false and evaluate.shared_tokens(prepared) or 0
   local list = {}
   if skip > 0 then list[1] = { tokens = skip, longest = skip, outputs = 0, slots = skip } end
   for _, batch in ipairs(batches(prepared, options.batch_size)) do
-    local plan = layout(batch, skip)
-    local longest, tokens = longest_of(plan.rows)
-    local pass = { tokens = tokens, longest = skip + longest, outputs = sum(plan.counts),
-      slots = skip + #plan.rows * skip + tokens }
-    list[#list + 1] = pass
-    local more, rest = longest_of(plan.rest.rows)
-    if rest > 0 then
-      -- the questions' rows and logits are still there, their working memory until the new rows have slots
-      local slots = pass.slots + rest
-      for _, parent in ipairs(plan.rest.parents) do slots = slots + skip + #plan.rows[parent] end
-      list[#list + 1] = { tokens = tokens, longest = pass.longest, outputs = pass.outputs, slots = slots }
-      list[#list + 1] = { tokens = rest, longest = pass.longest + more,
-        outputs = pass.outputs + sum(plan.rest.counts), slots = slots }
-    end
+    add_passes(list, batch, skip)
+    if options.control and #batch == 1 then add_passes(list, { batch[1], batch[1] }, skip) end
   end
   return list
 end
@@ -522,33 +638,75 @@ end
 ---@param full qlua.model
 ---@param test qlua.model
 ---@param rows { ids: integer[], item: table }[]
----@param options { batch_size: integer, progress: table?, control: boolean?,
----  each: fun(reference: qlua.tensor, test: qlua.tensor, item: table, control: qlua.tensor?) }
----@return boolean?, qlua.failure?
+---@param options { batch_size: integer, control: boolean?, map: function?,
+---  each: fun(reference: qlua.tensor, test: qlua.tensor, item: table, control: qlua.tensor?): any }
+---@return any[]? values  what `each` returned, and true where that was nothing
+---@return qlua.failure?
 function evaluate.last_positions(full, test, rows, options)
-  for first = 1, #rows, options.batch_size do
-    local last = math.min(first + options.batch_size - 1, #rows)
-    local ids = {}
-    for i = first, last do ids[#ids + 1] = rows[i].ids end
-    local logits, models = {}, { full, test }
-    for _, m in ipairs(order(2, (first - 1) // options.batch_size + 1)) do
+  return (options.map or in_memory)(rows, { batch = options.batch_size }, function(batch, begin)
+    local ids, values = {}, {}
+    for i, row in ipairs(batch) do ids[i] = row.ids end
+    local models = { full, test }
+    local logits <close> = together()
+    for _, m in ipairs(order(2, turn(begin, options))) do
       local one, err = models[m]:forward(ids, { rows = "last" })
       if not one then return nil, err end
       logits[m] = one
     end
-    local a <close> = logits[1]
-    local b <close> = logits[2]
-    for i = first, last do
-      local x <close> = a:select(1, i - first + 1)
-      local y <close> = b:select(1, i - first + 1)
-      local again <close>, err = again_alone(full, rows[i].ids, options)
+    for i, row in ipairs(batch) do
+      local x <close> = logits[1]:select(1, i)
+      local y <close> = logits[2]:select(1, i)
+      local again <close>, err = again_alone(full, row.ids, options)
       if err then return nil, err end
       local z <close> = again and again:select(1, 1) or nil
-      options.each(x, y, rows[i].item, z)
+      local value = options.each(x, y, row.item, z)
+      values[i] = value == nil or value
     end
-    if options.progress then options.progress:step(last - first + 1) end
+    return values
+  end)
+end
+
+--- Encodes a batch's prompts again, generates and decodes: texts, tokens and timing of one model.
+local function write(model, tok, task, batch, options)
+  local prompts, streams = {}, {}
+  for b, p in ipairs(batch) do
+    if options.template then
+      prompts[b] = assert(options.template:encode(tok, task:messages(p.item), task.chat))
+    else
+      prompts[b] = assert(tok:encode(task:prompt(p.item), { bos = options.bos ~= false }))
+    end
+    streams[b] = p.index
   end
-  return true
+  local passed = { streams = streams }
+  for _, key in ipairs { "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop" } do
+    passed[key] = options.generation[key]
+  end
+  local ids, timing = model:generate(prompts, passed)
+  if not ids then return nil, timing end
+  local texts = {}
+  for b, row in ipairs(ids) do texts[b] = tok:decode(row, { skip_special = not task.answer_text }) end
+  return texts, ids, timing, prompts
+end
+
+--- The parts of a batch's rows that one model writes.
+local function written(model, tok, task, batch, options)
+  options.device:kernels()
+  options.device:sync()
+  local begin = sys.time()
+  local texts, ids, timing, prompts = write(model, tok, task, batch, options)
+  if not texts then return nil, ids end
+  local seconds, n, parts = sys.time() - begin, #batch, {}
+  local kernels = json.array(options.device:kernels())
+  for b, p in ipairs(batch) do
+    local text = task.answer_text and task:answer_text(texts[b]) or texts[b]
+    local answer = task:parse(text)
+    parts[b] = { text = text, answer = answer, correct = answer == p.item.answer, words = tasks.words(text),
+      stop = timing.stop[b], ids = json.array(ids[b]), kernels = kernels, seconds = seconds / n,
+      prefill_seconds = timing.prefill_seconds / n, decode_seconds = timing.decode_seconds / n,
+      prompt_tokens = #prompts[b],
+      decode_tokens = timing.decode_tokens // n + (b <= timing.decode_tokens % n and 1 or 0) }
+  end
+  return parts
 end
 
 --- Lets every model write an answer to every question. The time counts the chat template, tokenizing,
@@ -558,51 +716,24 @@ end
 ---@param tok qlua.tokenizer
 ---@param task qlua.task
 ---@param prepared qlua.prepared[]
----@param options { device: qlua.device, batch_size: integer, generation: table, template: table?, progress:
----  table?,
----  bos: boolean? }
----@return qlua.evaluation[]?, qlua.failure?
+---@param options { device: qlua.device, batch_size: integer, generation: table, template: table?, map:
+---  function?, bos: boolean? }
+---@return qlua.evaluation[]?
+---@return qlua.question_row[]|qlua.failure
 function evaluate.generation(models, tok, task, prepared, options)
-  local evaluations = options.evaluations or evaluate.evaluations(#models)
-  for i, batch in ipairs(batches(prepared, options.batch_size)) do
-    for _, m in ipairs(order(#models, i)) do
-      options.device:kernels()
-      options.device:sync()
-      local begin = sys.time()
-      local prompts, streams = {}, {}
-      for b, p in ipairs(batch) do
-        if options.template then
-          prompts[b] = assert(options.template:encode(tok, task:messages(p.item), task.chat))
-        else
-          prompts[b] = assert(tok:encode(task:prompt(p.item), { bos = options.bos ~= false }))
-        end
-        streams[b] = p.index
+  local rows, err = (options.map or in_memory)(fitting(prepared), { batch = options.batch_size,
+    id = function(p) return evaluate.row_id(p) end }, function(batch, first)
+      local rows = {}
+      for b, p in ipairs(batch) do rows[b] = row_of(p) end
+      for _, m in ipairs(order(#models, turn(first, options))) do
+        local parts, why = written(models[m], tok, task, batch, options)
+        if not parts then return nil, why end
+        for b, part in ipairs(parts) do rows[b].models[m] = part end
       end
-      local passed = { streams = streams }
-      for _, key in ipairs { "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop" } do
-        passed[key] = options.generation[key]
-      end
-      local rows, timing = models[m]:generate(prompts, passed)
-      if not rows then return nil, timing end
-      local texts = {}
-      for b, ids in ipairs(rows) do texts[b] = tok:decode(ids, { skip_special = not task.answer_text }) end
-      local e = evaluations[m]
-      e.seconds = e.seconds + sys.time() - begin
-      for _, key in ipairs { "prefill_seconds", "decode_seconds", "prompt_tokens", "decode_tokens" } do
-        e[key] = e[key] + timing[key]
-      end
-      for b, p in ipairs(batch) do
-        local text = task.answer_text and task:answer_text(texts[b]) or texts[b]
-        local answer, words = task:parse(text), tasks.words(text)
-        e.words = e.words + words
-        e.results[#e.results + 1] = { prepared = p, text = text, answer = answer, words = words,
-          correct = answer == p.item.answer, stop = timing.stop[b], ids = rows[b] }
-      end
-      add_kernels(e, #batch, options.device:kernels())
-    end
-    if options.progress then options.progress:step(#batch) end
-  end
-  return evaluations
+      return rows
+    end)
+  if not rows then return nil, err end
+  return gathered(rows, prepared, #models, 0), rows
 end
 
 --- Shares of one model's results: { n, correct, unparsed, accuracy }; accuracy is over all n, nil where n is

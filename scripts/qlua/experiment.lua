@@ -1,8 +1,11 @@
 --- What every bundled experiment does before and after its own part: open the device, load the full model,
---- make its quantized twin, read the questions; say what ran on what; write result files.
+--- make its quantized twin, read the questions; say what ran on what; keep every finished row in the results
+--- store, so that a run that was stopped goes on where it was; write result files.
 ---
 ---   local run <close> = experiment.open("jaccard.lua", opts)
 ---   run.device, run.full, run.test, run.items
+---   local values = run:map("name", list, { batch = 8 }, function(elements) return ... end)
+---   run:finish()
 ---
 --- A failure of the outside world ends the script with one line and exit code 1 (qlua.cli.fail).
 
@@ -17,10 +20,12 @@ local failure = require "qlua.failure"
 local forecast = require "qlua.forecast"
 local interrupt = require "qlua.interrupt"
 local json = require "qlua.json"
+local key = require "qlua.key"
 local metrics = require "qlua.metrics"
 local policy = require "qlua.policy"
 local progress = require "qlua.progress"
 local qlua = require "qlua"
+local runs = require "qlua.run"
 local sys = require "qlua.sys"
 local table_text = require "qlua.table"
 local tasks = require "qlua.tasks"
@@ -53,7 +58,8 @@ experiment.model_options = {
     end },
   { "skip", kind = "strings", default = { "lm_head" },
     help = "modules that stay as they are, in place of the default" },
-  "dtype", "device", "threads", "numerics", "max_context", "seed", "dry_run",
+  "dtype", "device", "threads", "numerics", "max_context", "seed", "dry_run", "output_path",
+  "output_format", "fresh", "no_output",
 }
 
 --- All options of a script: those of the models, and its own; a script's own take precedence.
@@ -81,8 +87,9 @@ end
 ---@field metrics qlua.metric[]  the user's own
 ---@field context integer        tokens that both models can take
 ---@field tokenizer qlua.tokenizer
----@field sha256 string?          of the full model's checkpoint, once a result file has asked for it
----@field date integer           seconds since 1970, when the run began
+---@field sha256 string?          of the full model's checkpoint, once something has asked for it
+---@field kept qlua.run          its rows and its document in the results store
+---@field stopped string?        why the run ended early; what is finished can still be shown
 ---@field stdout_is_terminal boolean
 local run = {}
 run.__index = run
@@ -93,6 +100,7 @@ local function is_fault(err) return type(err) == "table" and err.code == "device
 function run:must(value, err)
   if value == nil or value == false then
     if self.keeps and is_fault(err) then error(err, 0) end
+    self:ended "failed"
     cli.fail(self.name, err)
   end
   return value, err
@@ -169,13 +177,33 @@ function run:foretell(options)
   os.exit(made.fits and 0 or 1, true)
 end
 
+--- Ends the run in the store, unless it has ended; what it recorded so far is kept with it.
+function run:ended(status)
+  if not self.kept.id or self.kept.ended then return true end
+  local described, document = pcall(self.document, self, status)
+  return self.kept:finish(status, described and document or nil)
+end
+
 function run:close()
-  for _, key in ipairs { "test", "full", "device" } do
-    if self[key] then self[key]:close() end
+  if self.kept then
+    self:ended "finished"
+    self.kept:close()
+  end
+  for _, name in ipairs { "test", "full", "device" } do
+    if self[name] then self[name]:close() end
   end
 end
 
-run.__close = run.close
+function run:__close(err)
+  if err ~= nil then self:ended(interrupt.pending() and "interrupted" or "failed") end
+  self:close()
+end
+
+--- The words that the script was called with.
+local function command_line()
+  local words = _G.arg -- nil where no script runs
+  return words and table.move(words, 0, #words, 1, {}) or {}
+end
 
 --- Opens device and models; with `tasks` among the options, reads the questions too.
 ---@param name string  of the script, for messages
@@ -185,10 +213,15 @@ run.__close = run.close
 ---@return qlua.experiment
 function experiment.open(name, opts, needs)
   needs = needs or {}
-  local self = setmetatable({ name = name, opts = opts, date = os.time(),
-    stdout_is_terminal = sys.isatty(1) }, run)
-  if opts.output_path and not opts.dry_run then self:must(export.writable(opts.output_path)) end
-  if opts.log_samples and not opts.output_path then self:must(nil, "--log_samples needs --output_path") end
+  local self = setmetatable({ name = name, opts = opts, stdout_is_terminal = sys.isatty(1) }, run)
+  if opts.no_output or opts.dry_run then opts.output_path = nil end
+  self.kept = runs.new { name = name, folder = opts.output_path, fresh = opts.fresh,
+    command = command_line(), script = _G.arg and _G.arg[0] }
+  if opts.log_samples and not (opts.output_path or opts.dry_run) then
+    self:must(nil, "--log_samples writes files, --no_output forbids it")
+  end
+  if opts.output_path then self:must(export.writable(opts.output_path)) end
+  self:must(self.kept:open())
   self.metrics = self:must(metrics.load_all(opts.metric))
   if opts.tasks then
     self.tasks = {}
@@ -309,33 +342,170 @@ function run:keeping(fn)
   return false
 end
 
---- qlua.evaluate's last_positions on the run's two models, with progress; rows that Ctrl-C or a failure left
---- out are taken off the list.
----@param rows { ids: integer[], item: table }[]
----@param options { control: boolean?, each: function }
-function run:last_positions(rows, options)
-  if self:foresee(evaluate.last_positions_passes(rows, self.opts.batch_size)) then self:foretell() end
-  local bar <close> = self:progress(#rows, "questions")
-  local done = 0
-  self:keeping(function()
-    self:must(evaluate.last_positions(self.full, self.test, rows, { batch_size = self.opts.batch_size,
-      progress = bar, control = options.control, each = function(...)
-        options.each(...)
-        done = done + 1
-      end }))
-  end)
-  for i = #rows, done + 1, -1 do rows[i] = nil end
+--- What all values of this run may depend on.
+local function inputs_of(self)
+  if self.inputs then return self.inputs end
+  local o, store = self.opts, self.kept.store
+  local made = { engine = self:must(key.engine(store, self.hardware.name)), seed = o.seed or json.null,
+    device = key.device(self.hardware), context = self.context, models = {}, metrics = json.array() }
+  made.models[1] = self:must(key.model(store, self.full, o.model))
+  made.models[2] = self.test and self:must(key.model(store, self.test, o.quantized or o.model))
+  for i, path in ipairs(o.metric or {}) do made.metrics[i] = self:must(store:sha256(path)) end
+  self.sha256 = self.sha256 or made.models[1].weights
+  self.inputs = made
+  return made
 end
 
---- The end of a script whose run may have been stopped.
+--- Options that no value depends on, or that stand among the inputs already by what they lead to.
+local NO_INPUT <const> = { limit = true, output_path = true, no_output = true, fresh = true, dry_run = true,
+  log_samples = true, output_format = true, model = true, quantized = true, tasks = true, metric = true,
+  device = true, threads = true, numerics = true, dtype = true, max_context = true, seed = true,
+  quant = true, double_quant = true, block_size = true, skip = true }
+
+--- The inputs of one list's values: those of the run, and its own.
+local function inputs_for(self, name, options, fn)
+  local made = { name = name, batch = options.batch, code = key.code(fn, table.unpack(options.code or {})) }
+  for field, value in pairs(inputs_of(self)) do made[field] = value end
+  made.data = json.array()
+  for i, items in ipairs(options.data or self.tasks or {}) do made.data[i] = items.sha256 end
+  made.inputs = options.inputs
+  if not made.inputs then
+    made.inputs = {}
+    for option, value in pairs(self.opts) do
+      local batch = option == "batch_size" and value == options.batch
+      if not (NO_INPUT[option] or batch) then made.inputs[option] = value end
+    end
+  end
+  return made
+end
+
+---@class qlua.map_options
+---@field batch? integer    elements that fn is given at once (default 1)
+---@field id? fun(element: any, index: integer, alone: boolean): string  what tells an element from others;
+---  default: the element itself, as JSON. alone: no value's bits depend on what else is in its batch
+---@field inputs? table     what values depend on beside the models, the questions' files, seed, device, batch
+---  and fn's code; JSON must hold it. Default: the script's own options
+---@field code? (function|table)[]  functions and metrics that fn calls without referring to them
+---@field data? qlua.items[]  the questions (default: those of every task)
+---@field again? string     why nothing in the store may stand for a value
+---@field weight? integer   steps of the progress line for an element (default 1)
+
+--- The values of fn for every element of a list, each a thing that JSON can hold: the one primitive that
+--- makes an experiment resumable. fn(elements, first, step) gets a batch that begins with element `first` and
+--- returns one value for each; batches that the results store knows wholly from an earlier run are not
+--- computed again. step(n, note) moves the progress line from within.
+---
+--- Ctrl-C and a device that fails end it early (run.stopped): the values are then those up to the first that
+--- is missing, and what is finished stays in the store.
+---@param name string   of the set of values, one in a script
+---@param list any[]
+---@param options qlua.map_options?
+---@param fn fun(elements: any[], first: integer, step: fun(n: integer?, note: string?)): any[]?,
+---  qlua.failure?
+---@return any[] values, string? set  its key in the store
+function run:map(name, list, options, fn)
+  options = setmetatable({ batch = options and options.batch or 1,
+    alone = self.hardware.numerics == "invariant" }, { __index = options })
+  self:must(self.kept:begin())
+  local set <close> = self:must(self.kept:set(name, list, options,
+    self.kept.store and inputs_for(self, name, options, fn)))
+  if #set.todo > 0 and not self.stopped then
+    local weight = options.weight or 1
+    local bar <close> = self:progress(#list * weight, name, set.known * weight)
+    local due = bar.done
+    self:keeping(function()
+      for _, batch in ipairs(set.todo) do
+        local elements = table.move(list, batch.first, batch.last, 1, {})
+        self:must(set:add(batch, self:must(fn(elements, batch.first, function(...) bar:step(...) end))))
+        due = due + weight * #elements
+        if bar.done < due then bar:step(due - bar.done) end
+      end
+    end)
+  end
+  return self:must(set:values()), set.key
+end
+
+--- run:map as qlua.evaluate takes it. The key of the set is left in `into.set`.
+---@param name string
+---@param extra qlua.map_options  beside those that evaluate gives
+---@param into table
+---@return function
+function run:mapper(name, extra, into)
+  return function(list, options, fn)
+    for field, value in pairs(extra) do options[field] = value end
+    local values
+    values, into.set = self:map(name, list, options, fn)
+    return values
+  end
+end
+
+--- The metrics of `pair` at the last position of every row, full model v quantized, and those of `control`,
+--- full v full in another batch size. Rows that Ctrl-C or a failure left out are taken off the list.
+---@param rows { ids: integer[], item: table }[]
+---@param pair qlua.metric[]
+---@param control? qlua.metric[]
+---@return string? set  key in the store
+function run:last_positions(rows, pair, control)
+  local size, found = self.opts.batch_size, {}
+  if self:foresee(evaluate.last_positions_passes(rows, size)) then self:foretell() end
+  self:must(metrics.distinct(pair))
+  local name = ("%s %s"):format(self.name:gsub("%.lua$", ""), self.items.subject)
+  local values = self:must(evaluate.last_positions(self.full, self.test, rows, { batch_size = size,
+    control = control ~= nil,
+    map = self:mapper(name, { again = metrics.unkept(pair), code = pair, data = { self.items } }, found),
+    each = function(reference, test, item, again)
+      return { index = item.index, question = item.question,
+        values = metrics.add(pair, reference, test, item),
+        control = again and metrics.add(control, reference, again, item) }
+    end }))
+  for i = #rows, #values + 1, -1 do rows[i] = nil end
+  metrics.restore(pair, values, "values")
+  if control then metrics.restore(control, values, "control") end
+  return found.set
+end
+
+--- Adds a section to the run's document: see qlua.document.
+---@param section table
+function run:record(section)
+  self.kept.sections[#self.kept.sections + 1] = section
+end
+
+--- The run's document so far.
+---@param status? string
+---@return table
+function run:document(status)
+  local kept = self.kept
+  return { format = 1, run = kept.id, name = self.name, started = kept.started, finished = os.time() + 0.0,
+    status = status or self.stopped and (self.failed and "failed" or "interrupted") or "finished",
+    command = kept.command, options = self.opts, script_sha256 = kept.script_sha256, labels = self.labels
+      or { "full" }, facts = self:facts(), rows = { reused = kept.reused, ran = kept.ran },
+    sections = kept.sections }
+end
+
+--- The end of a script, whose run may have been stopped: writes the result files, and the document into the
+--- store.
 function run:finish()
   if self.opts.dry_run then self:foretell() end
+  if self.opts.output_path then
+    self:must(self.kept:begin())
+    local document = self:document()
+    self:must(self.kept:finish(document.status, document))
+    io.stdout:write "\n"
+    for _, path in ipairs(self:must(export.write(document, self.kept.store, self.opts.output_path,
+      self.opts))) do
+      io.stdout:write("wrote ", path, "\n")
+    end
+  end
   if self.stopped then os.exit(self.failed and 1 or 130, true) end
 end
 
 --- A progress line on stderr.
-function run.progress(_, total, label)
-  return progress.new { total = total, label = label }
+---@param total integer
+---@param label string
+---@param done? integer
+---@return qlua.progress
+function run.progress(_, total, label, done)
+  return progress.new { total = total, label = label, done = done }
 end
 
 local function millions(n)

@@ -9,7 +9,9 @@ local sys = require "qlua.sys"
 local files = {}
 
 --- Makes a folder and those above it.
-local function make_folder(path)
+---@param path string
+---@return boolean?, qlua.failure?
+function files.make_folder(path)
   local at = path:sub(1, 1) == "/" and "/" or ""
   for part in path:gmatch "[^/]+" do
     at = at .. part
@@ -33,7 +35,7 @@ end
 ---@return boolean?, qlua.failure?
 function files.writable(folder)
   local existed = lfs.attributes(folder, "mode") ~= nil
-  local made, err = make_folder(folder)
+  local made, err = files.make_folder(folder)
   if not made then return nil, err end
   local probe = ("%s/.qlua.%d"):format(folder, sys.pid())
   local file, why = io.open(probe, "wb")
@@ -66,7 +68,7 @@ end
 function files.write(path, text)
   local folder, name = path:match "^(.*)/([^/]*)$"
   folder, name = folder or ".", name or path
-  local made, err = make_folder(folder)
+  local made, err = files.make_folder(folder)
   if not made then return nil, err end
   local temporary = ("%s/.%s.%d"):format(folder, name, sys.pid())
   local filled, why = fill(temporary, text)

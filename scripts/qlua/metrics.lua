@@ -8,7 +8,8 @@
 ---   value(self)       a number, or a table of numbers by name
 --- and may have
 ---   higher_is_better  boolean
----   values            list with one number an item: the table then shows mean, interval and median
+---   values            list that add appends one number an item to: the table then shows mean, interval and
+---                     median, and a run that goes on where another ended need not measure an item again
 ---
 --- A user's metric is a Lua file that returns one, or a function that makes one, or a list of these.
 
@@ -16,6 +17,7 @@ local _ENV <const> = require "qlua.strict"
 
 local core = require "qlua.core"
 local failure = require "qlua.failure"
+local json = require "qlua.json"
 local stats = require "qlua.stats"
 
 local metrics = {}
@@ -146,22 +148,76 @@ function metrics.load_all(paths)
   return list
 end
 
---- Give one position to every metric of a list; an error in a user's metric names it.
----@param list qlua.metric[]
----@param reference qlua.tensor
----@param test qlua.tensor
----@param item table
-function metrics.add(list, reference, test, item)
-  for _, metric in ipairs(list) do
-    local ok, why = pcall(metric.add, metric, reference, test, item)
-    if not ok then error(("metric %s: %s"):format(metric.name, tostring(why)), 0) end
-  end
-end
-
 local function finite(metric, number, what)
   if type(number) ~= "number" or number - number ~= 0 then
     error(("metric %s: %s is %s, not a finite number"):format(metric.name, what, tostring(number)), 0)
   end
+end
+
+--- Gives one position to every metric of a list; an error in a user's metric names it. Returns what each has
+--- added to its values, by name: a number, or a list where it is not one.
+---@param list qlua.metric[]
+---@param reference qlua.tensor
+---@param test qlua.tensor
+---@param item table
+---@return table<string, number|number[]>
+function metrics.add(list, reference, test, item)
+  local added = {}
+  for _, metric in ipairs(list) do
+    local before = metric.values and #metric.values
+    local ok, why = pcall(metric.add, metric, reference, test, item)
+    if not ok then error(("metric %s: %s"):format(metric.name, tostring(why)), 0) end
+    if before and #metric.values > before then
+      for i = before + 1, #metric.values do finite(metric, metric.values[i], ("value %d"):format(i)) end
+      local new = table.move(metric.values, before + 1, #metric.values, 1, json.array())
+      added[metric.name] = #new == 1 and new[1] or new
+    end
+  end
+  return added
+end
+
+--- Puts what metrics.add returned, position by position, into the values of the metrics of a list: those that
+--- another process has measured too, in their order.
+---@param list qlua.metric[]
+---@param rows table[]
+---@param field string  of a row, where it stands
+function metrics.restore(list, rows, field)
+  for _, metric in ipairs(list) do
+    local values = metric.values
+    for i = values and #values or 0, 1, -1 do values[i] = nil end
+    for _, row in ipairs(values and rows or {}) do
+      local new = row[field][metric.name]
+      if type(new) == "table" then
+        table.move(new, 1, #new, #values + 1, values)
+      else
+        values[#values + 1] = new
+      end
+    end
+  end
+end
+
+--- Why measured positions cannot be taken from a store, where they cannot: a metric that keeps no values of
+--- its own has to see all of them.
+---@param list qlua.metric[]
+---@return string?
+function metrics.unkept(list)
+  for _, metric in ipairs(list) do
+    if not metric.values then return ("the metric '%s' keeps no values by question"):format(metric.name) end
+  end
+end
+
+--- A list of metrics in which every name is there once.
+---@param list qlua.metric[]
+---@return qlua.metric[]?, qlua.failure?
+function metrics.distinct(list)
+  local known = {}
+  for _, metric in ipairs(list) do
+    if known[metric.name] then
+      return nil, failure("argument", ("two metrics have the name '%s'"):format(metric.name))
+    end
+    known[metric.name] = true
+  end
+  return list
 end
 
 --- The row of a metric with one number an item.

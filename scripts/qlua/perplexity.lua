@@ -56,36 +56,65 @@ end
 ---@field delta_p number[]    q(next token) - p(next token)
 ---@field same number[]       1 where both have the same most likely token
 
---- Runs every window through both models, one after the other: the logits of one window are in memory.
+--- The values of one window, which is number `w`: its logits are in memory, and no others.
+local function measure(reference, test, window, w)
+  local metrics = core.metrics
+  local options = { rows = { #window.targets } }
+  local pair = { reference, test }
+  -- the models take turns in going first, so that neither always finds the other's leftovers in the caches
+  if w % 2 == 0 then pair = { test, reference } end
+  local one <close>, err = pair[1]:forward({ window.ids }, options)
+  if not one then return nil, err end
+  local other <close>, why = pair[2]:forward({ window.ids }, options)
+  if not other then return nil, why end
+  local a, b = one, other
+  if w % 2 == 0 then a, b = other, one end
+  local values = { reference = metrics.loglik(a, window.targets), test = metrics.loglik(b, window.targets),
+    kl = metrics.kl(a, b), delta_p = metrics.delta_p(a, b, window.targets), same = metrics.agreement(a, b) }
+  for i = 1, #window.targets do
+    values.reference[i], values.test[i] = -values.reference[i], -values.test[i]
+    values.same[i] = values.same[i] and 1 or 0
+  end
+  return values
+end
+
+local function append(values, more)
+  for name, list in pairs(more) do table.move(list, 1, #list, #values[name] + 1, values[name]) end
+end
+
+local function no_values() return { reference = {}, test = {}, kl = {}, delta_p = {}, same = {} } end
+
+--- Runs every window through both models, one after the other.
 ---@param reference qlua.model
 ---@param test qlua.model
 ---@param windows qlua.perplexity_windows
 ---@param each? fun(values: qlua.perplexity_values)  after every window
 ---@return qlua.perplexity_values?, qlua.failure?
 function perplexity.run(reference, test, windows, each)
-  local metrics = core.metrics
-  local values = { reference = {}, test = {}, kl = {}, delta_p = {}, same = {} }
+  local values = no_values()
   for w, window in ipairs(windows) do
-    local options = { rows = { #window.targets } }
-    local pair = { reference, test }
-    -- the models take turns in going first, so that neither always finds the other's leftovers in the caches
-    if w % 2 == 0 then pair = { test, reference } end
-    local one <close>, err = pair[1]:forward({ window.ids }, options)
-    if not one then return nil, err end
-    local other <close>, why = pair[2]:forward({ window.ids }, options)
-    if not other then return nil, why end
-    local a, b = one, other
-    if w % 2 == 0 then a, b = other, one end
-    local parts = { reference = metrics.loglik(a, window.targets), test = metrics.loglik(b, window.targets),
-      kl = metrics.kl(a, b), delta_p = metrics.delta_p(a, b, window.targets), same = metrics.agreement(a, b) }
-    for i = 1, #window.targets do
-      parts.reference[i], parts.test[i] = -parts.reference[i], -parts.test[i]
-      parts.same[i] = parts.same[i] and 1 or 0
-    end
-    for key, list in pairs(parts) do table.move(list, 1, #list, #values[key] + 1, values[key]) end
+    local more, err = measure(reference, test, window, w)
+    if not more then return nil, err end
+    append(values, more)
     if each then each(values) end
   end
   return values
+end
+
+--- The same on the models of an experiment, whose store keeps every finished window.
+---@param run qlua.experiment
+---@param windows qlua.perplexity_windows
+---@return qlua.perplexity_values values, integer done  windows that were finished
+---@return string? set  key in the store
+function perplexity.measure(run, windows)
+  local rows, set = run:map("windows", windows, { inputs = { context = windows.context } },
+    function(list, w)
+      local values, err = measure(run.full, run.test, list[1], w)
+      return values and { values }, err
+    end)
+  local values = no_values()
+  for _, row in ipairs(rows) do append(values, row) end
+  return values, #rows, set
 end
 
 --- Takes off windows and values what a stopped run did not finish: the first `done` windows stay.

@@ -29,6 +29,7 @@ end
 
 ---@class qlua.progress_options
 ---@field total integer
+---@field done? integer  steps that were finished before
 ---@field label? string
 ---@field sys? { time: (fun(): number), isatty: (fun(fd: integer): boolean) } default: qlua.sys
 ---@field out? { write: function } default: io.stderr
@@ -40,7 +41,8 @@ function progress.new(options)
   local sys = options.sys or require "qlua.sys"
   local now = sys.time()
   return setmetatable({
-    label = options.label or "", total = options.total, done = 0, started = now, shown_at = now,
+    label = options.label or "", total = options.total, done = options.done or 0, started = now,
+    shown_at = now,
     time = sys.time, terminal = sys.isatty(2), out = options.out or io.stderr, quiet = options.quiet or false,
     drawn = 0, first_done = nil, first_at = nil,
   }, bar)

@@ -3,6 +3,7 @@
 local _ENV <const> = require "qlua.strict"
 
 local device_methods = require "qlua.device"
+local json = require "qlua.json"
 local stats = require "qlua.stats"
 local sys = require "qlua.sys"
 
@@ -12,6 +13,7 @@ local sweep = {}
 ---@field batch integer
 ---@field model integer             1 = full, 2 = quantized
 ---@field tokens number             mean tokens of a pass
+---@field pass_tokens integer[]     of every timed pass
 ---@field time table?               median, p10, p90, ... in seconds, samples kept; nil: out of memory
 ---@field peak table?               arena high-water marks: weights, kv, activations, total (bytes)
 ---@field reserved integer?         bytes the arena holds between passes
@@ -86,13 +88,16 @@ local function sorted_keys(set)
 end
 
 --- Both models at one batch size: two points.
-local function measure(run, rows, size, options, bar)
+local function measure(run, rows, size, options, step)
   local models, warmup = { run.full, run.test }, math.max(1, options.warmup)
   local batches = plan(rows, size, options.runs, options.seed)
   local widest = widest_of(batches, options.logits)
   local samples, failed, process, ran = { {}, {} }, {}, {}, { {}, {} }
-  local total = 0
-  for _, batch in ipairs(batches) do total = total + tokens_of(batch) end
+  local total, tokens_by_pass = 0, {}
+  for i, batch in ipairs(batches) do
+    tokens_by_pass[i] = tokens_of(batch)
+    total = total + tokens_by_pass[i]
+  end
   local function try(m, batch)
     if failed[m] then return end
     local seconds
@@ -105,21 +110,22 @@ local function measure(run, rows, size, options, bar)
     -- on the widest batch, so that arena and process have met their peak before the other model runs
     for _ = 1, warmup do
       try(m, widest.batch)
-      bar:step(1, ("batch %d"):format(size))
+      step(1, ("batch %d"):format(size))
     end
     local memory = run:must(run.device:memory())
     process[m] = memory.process_peak or memory.process
   end
   for i, batch in ipairs(batches) do
-    for step = 1, 2 do
-      local m = i % 2 == 1 and step or 3 - step
+    for half = 1, 2 do
+      local m = i % 2 == 1 and half or 3 - half
       samples[m][#samples[m] + 1] = try(m, batch)
-      bar:step(1, ("batch %d"):format(size))
+      step(1, ("batch %d"):format(size))
     end
   end
   local points = {}
   for m, model in ipairs(models) do
-    local point = { batch = size, model = m, tokens = total / #batches, kernels = sorted_keys(ran[m]),
+    local point = { batch = size, model = m, tokens = total / #batches,
+      pass_tokens = json.array(tokens_by_pass), kernels = json.array(sorted_keys(ran[m])),
       expected = model:expected_memory(widest.tokens, widest.longest, widest.outputs) }
     if failed[m] then
       point.oom = failed[m].message
@@ -138,12 +144,20 @@ local function measure(run, rows, size, options, bar)
   return points
 end
 
+--- The digest of all rows' tokens: a pass takes its batch from all of them.
+local function ids_of(rows)
+  local texts = {}
+  for i, row in ipairs(rows) do texts[i] = table.concat(row.ids, " ") end
+  return sys.sha256(table.concat(texts, "\n"))
+end
+
 --- Every batch size with both models. Returns points ordered by batch size, then model: those of the sizes
 --- that were finished, where Ctrl-C or a device that fails ends the sweep.
 ---@param run qlua.experiment
 ---@param rows { ids: integer[] }[]
----@param options { sizes: integer[], runs: integer, warmup: integer, logits: "all"|"last", seed: integer }
----@return qlua.sweep_point[]
+---@param options { sizes: integer[], runs: integer, warmup: integer, logits:
+---  "all"|"last", seed: integer }
+---@return qlua.sweep_point[] points, string? set  key in the store
 function sweep.run(run, rows, options)
   if run.opts.dry_run then
     for _, size in ipairs(options.sizes) do
@@ -154,14 +168,13 @@ function sweep.run(run, rows, options)
     run:foretell { what = "batch" }
   end
   local points = {}
-  local passes = 2 * (options.runs + math.max(1, options.warmup))
-  local bar <close> = run:progress(#options.sizes * passes, "passes")
-  run:keeping(function()
-    for _, size in ipairs(options.sizes) do
-      table.move(measure(run, rows, size, options, bar), 1, 2, #points + 1, points)
-    end
-  end)
-  return points
+  local sizes, set = run:map("batch sizes", options.sizes, { weight = 2 * (options.runs + math.max(1,
+    options.warmup)), inputs = { options = { options.runs, options.warmup, options.logits, options.seed },
+    rows = ids_of(rows) }, data = { run.items } }, function(list, _, step)
+      return { measure(run, rows, list[1], options, step) }
+    end)
+  for _, pair in ipairs(sizes) do table.move(pair, 1, 2, #points + 1, points) end
+  return points, set
 end
 
 return sweep

@@ -3,7 +3,10 @@
 local _ENV <const> = require "qlua.strict"
 
 local evaluate = require "qlua.evaluate"
+local json = require "qlua.json"
 local metrics = require "qlua.metrics"
+local policy = require "qlua.policy"
+local sys = require "qlua.sys"
 local tasks = require "qlua.tasks"
 
 local variants = {}
@@ -17,6 +20,67 @@ local variants = {}
 ---@field agreement table
 ---@field accuracy { n: integer, correct: integer }
 ---@field kernels string[]  product and attention kernels that ran
+
+--- What tells a variant from others: each matrix's scheme, as model:quantize would choose it.
+local function fingerprint(run, spec)
+  if not spec then return "full" end
+  local choose, list = policy.make(spec), {}
+  for i, m in ipairs(run.full:matrices()) do
+    list[i] = { m.name, choose(m.name, m.rows, m.columns) or json.null }
+  end
+  return json.encode(list)
+end
+
+--- What every variant is asked, batch by batch: one element each of the list that is resumed.
+local function parts_of(run, list, prepared)
+  local parts, size, fitting = {}, run.opts.batch_size, {}
+  local shared = evaluate.shared_tokens(prepared)
+  for _, p in ipairs(prepared) do if not p.too_long then fitting[#fitting + 1] = p end end
+  for _, entry in ipairs(list) do
+    local made = fingerprint(run, entry.spec)
+    for first = 1, #fitting, size do
+      local questions = table.move(fitting, first, math.min(first + size - 1, #fitting), 1, {})
+      local ids = { made }
+      for i, p in ipairs(questions) do ids[i + 1] = evaluate.row_id(p, first .. "/" .. shared) end
+      parts[#parts + 1] = { entry = entry, first = first, questions = questions,
+        id = sys.sha256(table.concat(ids)) }
+    end
+  end
+  return parts
+end
+
+--- Makes a variant's twin, ready to be asked.
+local function open_twin(run, entry, prepared, each)
+  local twin = run:must(run.full:quantize(entry.spec or { policy = function() return nil end }))
+  local info = twin:info()
+  local own = { entry = entry, bytes = info.bytes, bits = info.quant.bits,
+    scorer = evaluate.scorer({ run.full, twin }, prepared, { device = run.device,
+      batch_size = run.opts.batch_size, each = each }) }
+  function own:close()
+    self.scorer:close()
+    twin:close()
+  end
+  return own
+end
+
+--- A variant's row from its parts; nil where one is missing.
+local function summed(entry, parts, values, scored, list, seed)
+  local rows, row = {}, { label = entry.label, spec = entry.spec }
+  local test = { results = {} }
+  for i, value in ipairs(values) do
+    if parts[i].entry == entry then
+      table.move(value.rows, 1, #value.rows, #rows + 1, rows)
+      row.bytes, row.bits = value.bytes, value.bits
+    end
+  end
+  if #rows < scored then return nil end
+  metrics.restore(list, rows, "values")
+  local summary = metrics.summary(list, seed)
+  for i, r in ipairs(rows) do test.results[i] = r.models[2] end
+  row.kl, row.agreement = summary[1], summary[2]
+  row.accuracy, row.kernels = evaluate.accuracy(test), evaluate.kernels(test)
+  return row
+end
 
 --- Measures every { label =, spec = } at the position of the answer's letter; fills in the fields above. The
 --- full model stands in the first row, against itself. What Ctrl-C or a failing device left out is missing.
@@ -39,22 +103,30 @@ function variants.run(run, list)
     end
     run:foretell { twins = twins }
   end
-  local bar <close> = run:progress(done.scored * #list, "questions")
-  run:keeping(function()
-    for i, entry in ipairs(list) do
-      local twin <close> = run:must(run.full:quantize(entry.spec or { policy = function() return nil end }))
-      local kl, agreement = metrics.kl(), metrics.agreement()
-      local evaluations = run:must(evaluate.loglikelihood({ run.full, twin }, prepared, {
-        device = run.device, batch_size = run.opts.batch_size, progress = bar,
-        each = function(reference, test, p) metrics.add({ kl, agreement }, reference, test, p) end,
-      }))
-      local summary = metrics.summary({ kl, agreement }, run.opts.seed)
-      local info = twin:info()
-      done[i] = { label = entry.label, spec = entry.spec, bytes = info.bytes, bits = info.quant.bits,
-        kl = summary[1], agreement = summary[2], accuracy = evaluate.accuracy(evaluations[2]),
-        kernels = evaluate.kernels(evaluations[2]) }
-    end
-  end)
+  local kl, agreement = metrics.kl(), metrics.agreement()
+  local parts = parts_of(run, list, prepared)
+  local scorer = nil -- of the variant that runs now
+  local function scorer_of(part)
+    if scorer and scorer.entry == part.entry then return scorer end
+    if scorer then scorer:close() end
+    scorer = open_twin(run, part.entry, prepared, function(reference, test, p)
+      return { values = metrics.add({ kl, agreement }, reference, test, p) }
+    end)
+    return scorer
+  end
+  local values = run:map("variants", parts, { inputs = { questions = run.opts.batch_size },
+    data = { run.items }, id = function(part) return part.id end }, function(batch)
+      local part = batch[1]
+      local own = scorer_of(part)
+      local rows, err = own.scorer:rows(part.questions, part.first)
+      return rows and { { rows = rows, bytes = own.bytes, bits = own.bits } }, err
+    end)
+  if scorer then scorer:close() end
+  for i, entry in ipairs(list) do
+    local row = summed(entry, parts, values, done.scored, { kl, agreement }, run.opts.seed)
+    if not row then break end
+    done[i] = row
+  end
   return done
 end
 

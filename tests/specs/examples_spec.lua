@@ -10,10 +10,15 @@ local folder
 
 local function quote(text) return "'" .. text:gsub("'", "'\\''") .. "'" end
 
---- Runs an example; returns stdout, stderr and the exit code.
+--- Runs an example; returns stdout, stderr and the exit code. Without --output_path it writes nothing.
 local function run(script, ...)
   local words = { quote(os.getenv "QLUA" or QLUA), quote(("examples/%s.lua"):format(script)) }
-  for _, word in ipairs { ... } do words[#words + 1] = quote(word) end
+  local given = false
+  for _, word in ipairs { ... } do
+    words[#words + 1] = quote(word)
+    given = given or word == "--output_path"
+  end
+  if not given then words[#words + 1] = "--no_output" end
   local out, err = folder .. "/stdout", folder .. "/stderr"
   local _, _, code = os.execute(("%s >%s 2>%s </dev/null"):format(table.concat(words, " "), out, err))
   local function text(path)
@@ -30,11 +35,11 @@ local function write(name, text)
   return path
 end
 
---- All files below a folder.
+--- All files below a folder, but the store's.
 local function files(path, list)
   list = list or {}
   for name in lfs.dir(path) do
-    if name ~= "." and name ~= ".." then
+    if name ~= "." and name ~= ".." and not name:find "^qlua%.sqlite" then
       local full = path .. "/" .. name
       if lfs.attributes(full, "mode") == "directory" then files(full, list) else list[#list + 1] = full end
     end
