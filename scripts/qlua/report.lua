@@ -37,6 +37,13 @@ end
 ---@field margin number?   points of accuracy that a reader can lose; default 2
 ---@field details string?  name of the file for the questions that do not fit; default "report_details.json"
 
+--- The documents of pairs before those of a full model alone, else in their order.
+local function pairs_first(docs)
+  local list, others = {}, {}
+  for _, doc in ipairs(docs) do table.insert(doc.facts and doc.facts.quantized and list or others, doc) end
+  return table.move(others, 1, #others, #list + 1, list)
+end
+
 --- The page, and how many questions are not on it.
 ---@param docs table[]  of runs of one pair of models, oldest first
 ---@param rows? fun(doc: table, set: string): table[]  values of the store's rows of a run
@@ -44,6 +51,7 @@ end
 ---@return string html, integer left_out
 function report.html(docs, rows, options)
   options = options or {}
+  docs = pairs_first(docs)
   local list, counts = questions.sorted(gathered(docs, rows or function() return {} end))
   local shown = 0
   local html = page.html(docs, { margin = options.margin, budget = report.BUDGET,
@@ -56,18 +64,34 @@ function report.html(docs, rows, options)
   return html, #list - shown
 end
 
---- Whether the documents are of one pair of models: a page about two would mislead.
+--- What a document measured, in words: the full model, and the quantized one where there was one.
+local function pair_of(doc)
+  local facts = doc.facts or {}
+  local full, quantized = facts.full or {}, facts.quantized
+  local model = ("%s in %s"):format(tostring(facts.model_sha256 or "unknown"):sub(1, 12), full.dtype
+    or "its type")
+  if not quantized then return model end
+  local q = type(quantized.quant) == "table" and quantized.quant or {}
+  return model, ("%s, block %s, %s bits a weight"):format(doc.labels[2] or "quantized", q.block or "–",
+    q.bits and ("%.4f"):format(q.bits) or "–")
+end
+
+--- Whether the documents are of one pair of models: a page about two would mislead. One that has only the
+--- full model, with variants of its own, goes with any pair of it.
 ---@param docs table[]
 ---@return boolean?, qlua.failure?
 function report.same_pair(docs)
-  local first = docs[1]
+  local first, model, twin
   for _, doc in ipairs(docs) do
-    local a, b = first.facts or {}, doc.facts or {}
-    if a.model_sha256 ~= b.model_sha256 or first.labels[2] ~= doc.labels[2] then
+    local its_model, its_twin = pair_of(doc)
+    if not first then
+      first, model = doc, its_model
+    elseif model ~= its_model or twin and its_twin and twin ~= its_twin then
       return nil, failure("argument",
         ("run %s (%s) and run %s (%s) are of different models"):format(first.run,
-        first.labels[2], doc.run, doc.labels[2]), "make a report of each")
+        twin or model, doc.run, model == its_model and its_twin or its_model), "make a report of each")
     end
+    if its_twin and not twin then first, twin = doc, its_twin end
   end
   return true
 end

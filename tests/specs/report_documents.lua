@@ -173,7 +173,7 @@ end
 --- A document with these sections.
 function documents.document(sections, fields)
   local doc = { format = 1, run = 3, name = "mmlu.lua", started = 1793000000, finished = 1793000600,
-    status = "finished", command = { "qlua", "examples/mmlu.lua", "--model", "models/Llama-3-8B-Instruct" },
+    status = "finished", command = { "examples/mmlu.lua", "--model", "models/Llama-3-8B-Instruct" },
     options = { model = "models/Llama-3-8B-Instruct" }, script_sha256 = ("a"):rep(64),
       labels = { "full", "nf4" },
     facts = { qlua_version = "0.1.0", seed = 1, numerics = "fast", model_sha256 = ("b"):rep(64),

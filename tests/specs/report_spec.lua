@@ -338,9 +338,17 @@ describe("the report", function()
     local doc = documents.document({ documents.sweep() }, { status = "interrupted" })
     assert.truthy(report.html({ doc }):find("Not finished.", 1, true))
     local other = documents.document({ documents.sweep() }, { run = 4, labels = { "full", "fp4" } })
-    support.failed(nil, select(2, report.write({ doc, other }, {}, "never.html")), "run 3 (nf4)",
-      "run 4 (fp4)",
+    support.failed(nil, select(2, report.write({ doc, other }, {}, "never.html")), "run 3 (nf4",
+      "run 4 (fp4",
       "make a report of each")
+    other = documents.document({ documents.sweep() }, { run = 4 })
+    other.facts.quantized.quant = { label = "nf4", bits = 4.63, block = 128 }
+    support.failed(nil, select(2, report.write({ doc, other }, {}, "never.html")), "block 128")
+    other = documents.document({ documents.variants() }, { run = 4, labels = { "full" } })
+    other.facts.quantized = nil -- variants of the full model go with any pair of it
+    assert.is_true(report.same_pair { other, doc })
+    assert.truthy(report.html({ other, doc }):find("be quantized to nf4?", 1, true))
+    assert.truthy(report.html({ other }):find("be quantized?", 1, true))
   end)
 
   it("shows a section of an unknown kind as a table", function()

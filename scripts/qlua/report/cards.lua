@@ -48,7 +48,7 @@ end
 
 local function seconds_text(seconds)
   local scale, unit = parts.seconds_unit(seconds)
-  return parts.short(scale * seconds) .. " " .. unit
+  return parts.brief(scale * seconds) .. " " .. unit
 end
 
 local function speed_card(s, labels)

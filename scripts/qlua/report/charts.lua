@@ -124,7 +124,7 @@ function charts.latency(section, labels, id)
   if high > 0 then
     local unit, name = parts.seconds_unit(high)
     logarithmic = high / low > 20
-    local scale = logarithmic and svg.log(unit * low, unit * high, bottom, top, 10)
+    local scale = logarithmic and svg.log(unit * low, unit * high, bottom, top)
       or svg.linear(0, unit * high, bottom, top)
     y = function(seconds) return scale.at(unit * seconds) end
     body[#body + 1] = svg.left_axis(scale, LEFT, RIGHT, parts.tick)

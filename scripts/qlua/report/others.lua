@@ -49,15 +49,16 @@ local function label_points(points, top, bottom)
   return list
 end
 
---- A picture of figure (with interval) against resident bytes. The first row is the full model.
-local function against_memory(section, id, options)
+--- A picture of a figure, with its interval, against resident bytes.
+local function against_memory(section, labels, id, options)
   local top, bottom, low, high, largest = 26, 240, math.huge, -math.huge, 0
   local rows = {}
-  for i, row in ipairs(section.rows) do
+  for _, row in ipairs(section.rows) do
     local value, from, to = options.figure(row)
     if value then
       from, to = from or value, to or value
-      rows[#rows + 1] = { row = row, value = value, from = from, to = to, model = i == 1 and 1 or 2 }
+      rows[#rows + 1] = { row = row, value = value, from = from, to = to, model = row.label == labels[1]
+        and 1 or 2 }
       low, high, largest = math.min(low, from), math.max(high, to), math.max(largest, row.bytes)
     end
   end
@@ -97,8 +98,9 @@ end
 
 --- Accuracy and KL divergence against memory: what each quantization costs and saves.
 ---@param section qlua.section_variants
+---@param labels string[]
 ---@param id string
-function others.variants(section, _, id)
+function others.variants(section, labels, id)
   local list = {}
   local asked = ("%s, %s"):format(section.task, parts.plural(section.scored or section.questions, "question"))
   for _, options in ipairs {
@@ -115,7 +117,7 @@ function others.variants(section, _, id)
       figure = function(row) return row.kl.value, row.kl.low, row.kl.high end },
   } do
     local picture_id = id .. "-" .. options.name
-    local picture = against_memory(section, picture_id, options)
+    local picture = against_memory(section, labels, picture_id, options)
     if picture then
       list[#list + 1] = parts.chart { id = picture_id, title = options.title, lead = options.lead,
         notes = { section.note }, picture = picture, table = variants_table(section) }
@@ -140,7 +142,7 @@ local function quantiles(section, id)
   end
   if #list < 2 then return nil end
   local top, bottom = 28, 150
-  local y = svg.log(low, high, bottom, top, 10)
+  local y = svg.log(low, high, bottom, top)
   local columns, line, body = svg.columns(#list, LEFT, RIGHT), {}, { svg.left_axis(y, LEFT,
     RIGHT, parts.tick),
     svg.text(LEFT, 14, "KL quantiles over predictions, nats (logarithmic)",

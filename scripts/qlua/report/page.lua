@@ -83,7 +83,8 @@ local function header(docs, labels)
   local runs = {}
   for i, d in ipairs(docs) do runs[i] = tostring(d.run) end
   return h.header { h.p { class = "kicker", "qlua report" },
-    h.h1 { ("Should %s be quantized to %s?"):format(model_name(doc), labels[2]) },
+    h.h1 { ("Should %s be quantized%s?"):format(model_name(doc), doc.labels[2] and " to " .. doc.labels[2]
+      or "") },
     h.p { class = "note", ("%s. %s. Run%s %s, %s."):format(weights_text(doc, labels), device_text(doc) or
       "device not recorded", #runs == 1 and "" or "s", table.concat(runs, ", "),
         date_of(docs[#docs].started)) },
@@ -135,20 +136,20 @@ local function check_item(check)
 end
 
 local function fairness(docs, v)
-  local boxes = {}
+  local boxes, checked = {}, false
   for _, doc in ipairs(docs) do
     local items = {}
     for i, check in ipairs(doc.fairness and doc.fairness.checks or {}) do items[i] = check_item(check) end
+    checked = checked or #items > 0
     boxes[#boxes + 1] = { #docs > 1 and h.h3 { ("Run %s, %s"):format(doc.run, doc.name) } or false,
       #items > 0 and h.ul { class = "checks", items } or h.p { class = "note", "No checks were recorded." } }
   end
+  local said = #v.unfair == 0 and "What would make the comparison unfair, and what was found."
+    or #v.unfair == 1 and "One check is amber, with the reason."
+    or ("%d checks are amber, with their reasons."):format(#v.unfair)
   return h.section { id = "fairness", ["aria-labelledby"] = "fairness-h",
-    h.h2 { id = "fairness-h", "Fairness" },
-    h.div { class = #v.unfair > 0 and "box amber" or "box",
-      h.p { #v.unfair > 0 and ("%s, with the reason."):format(#v.unfair == 1 and "One check is amber"
-        or #v.unfair .. " checks are amber")
-          or "What would make the comparison unfair, and what was found." },
-      boxes } }
+    h.h2 { id = "fairness-h", "Fairness" }, h.div { class = #v.unfair > 0 and "box amber" or "box",
+      checked and { h.p { said }, boxes } or h.p { "No checks were recorded with these runs." } } }
 end
 
 --- An argument as a shell takes it.
@@ -161,7 +162,7 @@ end
 local function command_of(doc)
   local list = {}
   for i, argument in ipairs(doc.command or {}) do list[i] = quoted(argument) end
-  return table.concat(list, " ")
+  return "qlua " .. table.concat(list, " ")
 end
 
 --- Files of questions and texts of a run with their hashes, each once.
@@ -224,7 +225,7 @@ end
 ---   qlua.markup }
 ---@return string
 function page.html(docs, options)
-  local labels = docs[1].labels
+  local labels = { docs[1].labels[1] or "full", docs[1].labels[2] or "quantized" }
   local v = verdict.of(docs, { margin = options.margin })
   local title = ("%s: %s v %s – qlua report"):format(model_name(docs[1]), labels[2], labels[1])
   local head = h.head { h.meta { charset = "utf-8" }, h.meta { ["http-equiv"] = "Content-Security-Policy",

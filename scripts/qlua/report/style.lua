@@ -93,7 +93,8 @@ summary{cursor:pointer}
 .t0{background:color-mix(in srgb,var(--soft) calc(var(--s)*34%),transparent)}
 .t1{background:color-mix(in srgb,var(--full) calc(12% + var(--s)*70%),transparent)}
 .t2{background:color-mix(in srgb,var(--quant) calc(12% + var(--s)*70%),transparent)}
-.big{display:flex;flex-wrap:wrap;gap:12px 36px;font-size:2rem;font-weight:650;letter-spacing:-.02em;margin:.5rem 0}
+.big{display:flex;flex-wrap:wrap;gap:12px 36px;
+font-size:2rem;font-weight:650;letter-spacing:-.02em;margin:.5rem 0}
 .big span span{display:block}.big small{font-size:.9rem;font-weight:400;letter-spacing:0;color:var(--soft)}
 .c1{border-left:4px solid var(--full);padding-left:12px}.c2{border-left:4px dashed var(--quant);
 padding-left:12px}
@@ -157,6 +158,7 @@ svg .a,svg .v{font-size:12px}.q>summary{flex-wrap:wrap}.qt{flex-basis:100%;order
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 main,header,footer{max-width:none;padding:0}nav,.skip,.browser fieldset,.browser label{display:none}
 .chart,.card,.verdict,.box,.q,tr{break-inside:avoid}h2,h3{break-after:avoid}pre{max-height:none}
-.verdict{grid-template-columns:minmax(0,3fr) minmax(0,2fr)}.cards{grid-template-columns:repeat(3,minmax(0,1fr))}
+.verdict{grid-template-columns:minmax(0,3fr) minmax(0,2fr)}
+.cards{grid-template-columns:repeat(3,minmax(0,1fr))}
 .charts,.side{grid-template-columns:repeat(2,minmax(0,1fr))}.data:not([open]){display:none}}
 ]]

@@ -56,27 +56,24 @@ function svg.linear(low, high, from, to, count)
     at = placed(first * step, last * step, from, to) }
 end
 
---- A logarithmic scale (base 2 or 10), ends rounded outwards to whole powers; ticks at 1, 2, 5 where there
---- are few powers of ten.
----@param low number
+--- A logarithmic scale, its ends rounded outwards to 1, 2 or 5 times a power of ten, which are its ticks;
+--- over more than three decades to whole powers.
+---@param low number  above 0
 ---@param high number
 ---@param from number
 ---@param to number
----@param base number
 ---@return qlua.scale
-function svg.log(low, high, from, to, base)
-  local first, last = math.floor(math.log(low, base) + 1e-9), math.ceil(math.log(high, base) - 1e-9)
-  if last == first then last = first + 1 end
-  local ticks = {}
-  for power = first, last do
-    for _, m in ipairs(base == 10 and last - first <= 2 and { 1, 2, 5 } or { 1 }) do
-      local tick = m * base ^ power
-      if tick <= base ^ last * 1.0001 then ticks[#ticks + 1] = tick end
+function svg.log(low, high, from, to)
+  local ticks, factors = {}, math.log(high / low, 10) <= 3 and { 1, 2, 5 } or { 1 }
+  for power = math.floor(math.log(low, 10)) - 1, math.ceil(math.log(high, 10)) + 1 do
+    for _, factor in ipairs(factors) do
+      local tick = factor * 10.0 ^ power
+      if tick <= low * 1.0000001 then ticks = {} end -- the last one below is the first
+      if #ticks < 2 or ticks[#ticks] < high * 0.9999999 then ticks[#ticks + 1] = tick end
     end
   end
-  local function map(v) return math.log(v, base) end
-  return { low = base ^ first, high = base ^ last, ticks = ticks, at = placed(base ^ first,
-    base ^ last, from, to, map) }
+  return { low = ticks[1], high = ticks[#ticks], ticks = ticks,
+    at = placed(ticks[1], ticks[#ticks], from, to, math.log) }
 end
 
 --- Equal columns for `n` categories: at(i) is the middle of column i.

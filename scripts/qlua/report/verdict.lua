@@ -300,7 +300,7 @@ end
 
 --- The figures in sentences, the missing arms named.
 local function evidence(v, docs, counts)
-  local list, test = {}, docs[1].labels[2]
+  local list, test = {}, docs[1].labels[2] or "quantized"
   if v.memory then list[#list + 1] = memory_sentence(v.memory, test) end
   if v.memory and not v.memory.batch then
     list[#list + 1] = "Memory while it runs was not measured in this report."
