@@ -40,9 +40,9 @@ end
 local MOUNTS <const> = "unshare -rm sh -e"
 local can_mount = os.execute "unshare -rm mount -t tmpfs x /mnt 2>/dev/null"
 
---- Has the shell see `path` read-only.
-local function fix(path)
-  return ("mount --bind %s %s; mount -o remount,ro,bind %s %s"):format(path, path, path, path)
+--- Has the shell see what is in `folder` read-only in `at`.
+local function fix(folder, at)
+  return ("mount -t tmpfs x %s; cp %s/* %s; mount -o remount,bind,ro %s"):format(at, folder, at, at)
 end
 
 local function new_store()
@@ -93,11 +93,12 @@ describe("a store", function()
   it("in a read-only folder can be read, not written nor made", function()
     if not can_mount then return pending "mounting is not allowed here" end
     local path, folder = new_store()
+    local at = support.folder()
     assert.matches("^nil\tio\t.*qlua.sqlite: the file or its folder is read%-only %(change",
-      run_in(MOUNTS, fix(folder), OPEN:format(path, "false")))
+      run_in(MOUNTS, fix(folder, at), OPEN:format(at .. "/qlua.sqlite", "false")))
     assert.matches("^nil\tio\t.*new.sqlite: the file or its folder is read%-only %(change",
-      run_in(MOUNTS, fix(folder), OPEN:format(folder .. "/new.sqlite", "false")))
-    assert.equal("1\tnil\tnil\n", run_in(MOUNTS, fix(folder), OPEN:format(path, "true")))
+      run_in(MOUNTS, fix(folder, at), OPEN:format(at .. "/new.sqlite", "false")))
+    assert.equal("1\tnil\tnil\n", run_in(MOUNTS, fix(folder, at), OPEN:format(at .. "/qlua.sqlite", "true")))
     -- with a log beside it that cannot be read without writing
     support.run(([[
       local store = assert(require("qlua.store").open(%q))
@@ -105,15 +106,17 @@ describe("a store", function()
       os.execute("rm " .. store:path() .. "-shm; kill -9 " .. require("qlua.sys").pid())
     ]]):format(path))
     assert.matches("^nil\tio\t.*read%-only %(copy it and the %-wal file",
-      run_in(MOUNTS, fix(folder), OPEN:format(path, "true")))
+      run_in(MOUNTS, fix(folder, at), OPEN:format(at .. "/qlua.sqlite", "true")))
     local store <close> = assert(store_module.open(path))
     assert.equal(2, #store:runs())
   end)
 
   it("in a read-only file can be read, not written", function()
     if not can_mount then return pending "mounting is not allowed here" end
-    local path = new_store()
-    assert.matches("^nil\tio\t.*read%-only %(change", run_in(MOUNTS, fix(path), OPEN:format(path, "false")))
-    assert.equal("1\tnil\tnil\n", run_in(MOUNTS, fix(path), OPEN:format(path, "true")))
+    local path, folder = new_store()
+    local at = support.folder()
+    local before = ("%s; mount --bind %s/qlua.sqlite %s"):format(fix(folder, at), at, path)
+    assert.matches("^nil\tio\t.*read%-only %(change", run_in(MOUNTS, before, OPEN:format(path, "false")))
+    assert.equal("1\tnil\tnil\n", run_in(MOUNTS, before, OPEN:format(path, "true")))
   end)
 end)
