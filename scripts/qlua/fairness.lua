@@ -88,7 +88,7 @@ local function bytes(n) return table_text.bytes(n) end
 ---@field opts table
 ---@field labels string[]
 ---@field device qlua.device_info
----@field models { label: string, info: table, memory: table, decoded: string? }[]  full, quantized
+---@field models { label: string, info: table, memory: table }[]  full, quantized
 ---@field stored string?     type of the full model's checkpoint
 ---@field sections table[]
 ---@field rows { reused: integer, ran: integer }?
@@ -128,7 +128,7 @@ local WIDTH <const> = { float32 = 4, bfloat16 = 2, float16 = 2 }
 
 function checks.dtypes(facts)
   local full, quantized = facts.models[1], facts.models[2]
-  local dtype, decoded = full.info.dtype, quantized and (quantized.decoded or quantized.info.dtype)
+  local dtype, decoded = full.info.dtype, quantized and (quantized.info.quant.dtype or quantized.info.dtype)
   local text = ("%s %s%s, activations float32"):format(full.label, dtype,
     quantized and ("; %s computes from %s"):format(quantized.label, decoded) or "")
   if decoded and decoded ~= dtype then
@@ -411,13 +411,6 @@ function fairness.lines(list)
   return lines
 end
 
---- The type that 4-bit weights decode to; nil where there are none.
-local function decoded_to(model)
-  for _, m in ipairs(model:matrices()) do
-    if m.scheme then return m.dtype end
-  end
-end
-
 --- The type that the full model's checkpoint holds, where the run was told to use another.
 local function stored_type(run)
   local o = run.opts
@@ -461,8 +454,7 @@ function recorder:finish(sections, rows)
   if load.mhz then load.mhz = json.array(load.mhz) end
   local models, labels = {}, run.labels or { "full" }
   for i, model in ipairs { run.full, run.test } do
-    models[i] = { label = labels[i], info = model:info(), memory = model:memory(),
-      decoded = decoded_to(model) }
+    models[i] = { label = labels[i], info = model:info(), memory = model:memory() }
   end
   for _, section in ipairs(sections) do
     if section.kind == "sweep" then

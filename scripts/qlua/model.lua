@@ -145,10 +145,11 @@ function model:quantize(options)
   return twin, err
 end
 
---- How the linear layers are stored: { label, scheme, block, double, quantized, matrices, bits, stored_bits
---- }; label is "nf4", "bfloat16", "mixed nf4 12/30" and the like. bits: memory for each weight of the
---- layers (on the CPU scales are float32 and double quantization keeps its own beside them); stored_bits: the
---- same in a checkpoint (nf4-format of bitsandbytes), where all layers are alike.
+--- How the linear layers are stored: { label, scheme, block, double, dtype, quantized, matrices, bits,
+--- stored_bits }; label is "nf4", "bfloat16", "mixed nf4 12/30" and the like. dtype: the type that 4-bit
+--- weights decode to, nil where there are none. bits: memory for each weight of the layers (on the CPU scales
+--- are float32 and double quantization keeps its own beside them); stored_bits: the same in a checkpoint
+--- (nf4-format of bitsandbytes), where all layers are alike.
 local function quantization(self, dtype)
   local quantized, first, same = 0, nil, true
   local bytes, weights = 0, 0
@@ -166,11 +167,12 @@ local function quantization(self, dtype)
   local linears = #matrices - (matrices[#matrices].scheme and 0 or 1)
   local label = same and first.scheme or "mixed"
   if quantized < linears then label = ("%s %d/%d"):format(label, quantized, linears) end
+  local decoded = first.dtype
   if not same then first = {} end
   local stored = same and quantized >= linears and 4 + (first.double
     and 8 / first.block + 32 / (256 * first.block)
     or 32 / first.block) or nil
-  return { label = label, scheme = first.scheme, block = first.block, double = first.double,
+  return { label = label, scheme = first.scheme, block = first.block, double = first.double, dtype = decoded,
     quantized = quantized, matrices = #matrices, bits = bits, stored_bits = stored }
 end
 

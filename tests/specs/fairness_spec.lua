@@ -134,8 +134,8 @@ end
 
 local function facts(changes)
   local function model(label, memory)
-    return { label = label, info = { dtype = "bfloat16", bytes = 1000 }, memory = { resident = memory },
-      decoded = label == "nf4" and "bfloat16" or nil }
+    return { label = label, memory = { resident = memory }, info = { dtype = "bfloat16", bytes = 1000,
+      quant = { dtype = label == "nf4" and "bfloat16" or nil } } }
   end
   local f = { opts = { batch_size = 8 }, labels = { "full", "nf4" }, sections = { sweep() },
     device = { name = "cpu", threads = 2 }, models = { model("full", 1000), model("nf4", 1000) },
@@ -193,18 +193,16 @@ describe("a fair comparison", function()
     end)
   end
 
-  local function models(full, nf4)
+  local function models(full, nf4, resident)
     local list = facts().models
-    for key, value in pairs(full) do list[1][key] = value end
-    for key, value in pairs(nf4 or {}) do list[2][key] = value end
+    list[1].info.dtype, list[2].info.quant.dtype, list[1].memory.resident = full, nf4, resident or 1000
     return list
   end
-  lights("dtypes", { models = models { info = { dtype = "float32", bytes = 1000 } } },
+  lights("dtypes", { models = models("float32", "bfloat16") },
     "nf4 computes from bfloat16 and the full model from float32")
-  lights("dtypes", { stored = "bfloat16",
-    models = models({ info = { dtype = "float32", bytes = 1000 } }, { decoded = "float32" }) },
+  lights("dtypes", { stored = "bfloat16", models = models("float32", "float32") },
     "though its checkpoint holds bfloat16: it takes 2 times the bytes")
-  lights("resident", { models = models { memory = { resident = 400 } } }, "only 400 B of 1000 B")
+  lights("resident", { models = models("bfloat16", "bfloat16", 400) }, "only 400 B of 1000 B")
   lights("batch sizes", { sections = { sweep { points = { points(0)[1] } } } }, "not measured as often")
   lights("order", { sections = { sweep { runs = 1 } } }, "always goes first")
   lights("warm-up", { sections = { sweep { warmup = 0 } } }, "the first pass")

@@ -54,6 +54,7 @@ describe("quantize", function()
     local plain <close> = assert(full:quantize())
     assert.equal("nf4", plain:info().quant.label)
     assert.is_false(plain:info().quant.double)
+    assert.same({ full:info().dtype }, { plain:info().quant.dtype, full:info().quant.dtype })
   end)
 
   it("costs what its block size says", function()
