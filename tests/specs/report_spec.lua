@@ -273,7 +273,7 @@ describe("the report", function()
     assert.is_nil(html:find("\u{2028}", 1, true))
     local known = {}
     for name in (
-      "a aside b body br caption circle code dd desc details div dl dt em fieldset figcaption figure " ..
+      "a aside b body br caption circle code dd desc details div dl dt em fieldset figcaption figure g " ..
       "footer h1 h2 h3 h4 head header html i input label legend li line main mark meta nav ol p path pre " ..
       "rect section small span style summary svg table tbody td text th thead title tr ul"):gmatch "%S+" do
       known[name] = true

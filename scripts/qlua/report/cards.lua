@@ -34,14 +34,18 @@ local function missing(name, what)
   return card(name, { h.p { class = "fig", "–" }, h.p { what } })
 end
 
+--- "−9.9 GiB", "+12.0 KiB": what a saving changes.
+local function change(m) return (m.saved >= 0 and "−" or "+") .. tables.bytes(math.abs(m.saved)) end
+
 local function memory_card(m, labels)
   if not m then return missing("Memory", "Not measured in this report.") end
-  local less = m.saved >= 0
-  return card("Memory", { h.p { class = "fig", parts.figure("card/memory", m.saved, (less and "−" or "+")
-      .. tables.bytes(math.abs(m.saved))), " ", h.small { ("%.0f %% %s"):format(100 * math.abs(m.share),
-      less and "less" or "more") } },
+  local share = ("%.0f %% %s"):format(100 * math.abs(m.share), m.saved >= 0 and "less" or "more")
+  return card("Memory", { h.p { class = "fig", parts.figure("card/memory", m.saved, change(m)), " ",
+      h.small { share } },
     h.p { ("%s%s. Counted, not sampled."):format(m.what:gsub("^%l", string.upper), m.batch
       and " " .. m.where or "") },
+    m.last and h.p { ("At batch %d: "):format(m.last.batch), parts.figure("card/memory/last", m.last.saved,
+      change(m.last)), "." } or false,
     bars("card-memory", labels, { m.full, m.quantized }, { tables.bytes(m.full),
       tables.bytes(m.quantized) }, "Memory") })
 end
@@ -59,6 +63,9 @@ local function speed_card(s, labels)
     h.p { s.low and { "95 % ", h.span { class = "num", ["data-low"] = s.low, ["data-high"] = s.high,
         ("[%.2f, %.2f]"):format(s.low, s.high) }, (" over %d rounds at batch %d."):format(s.rounds, s.batch) }
       or ("Median at batch %d; too few rounds for an interval."):format(s.batch) },
+    s.last and h.p { ("At batch %d: "):format(s.last.batch), parts.figure("card/speed/last", s.last.ratio,
+      ("%.2f×"):format(s.last.ratio)), s.last.low and (" [%.2f, %.2f]."):format(s.last.low, s.last.high)
+      or "." } or false,
     bars("card-speed", labels, { s.full.median, s.quantized.median }, { seconds_text(s.full.median),
       seconds_text(s.quantized.median) }, "Median seconds of a pass") })
 end

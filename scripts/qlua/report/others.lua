@@ -39,7 +39,7 @@ local function label_points(points, top, bottom)
     end
     if best then
       taken[#taken + 1] = { best[1], best[1] + width, best[2] }
-      if math.abs(best[4]) > 13 then
+      if best[4] ~= 0 then
         list[#list + 1] = svg.line(p.x, p.y, best[3] == 1 and best[1] - 2
           or best[1] + width + 2, best[2], "lead")
       end
@@ -74,7 +74,8 @@ local function against_memory(section, labels, id, options)
   for i, r in ipairs(rows) do
     local px, py = x.at(unit * r.row.bytes), y.at(r.value)
     if r.to > r.from then marks[#marks + 1] = svg.whisker(r.model, px, y.at(r.from), px, y.at(r.to)) end
-    marks[#marks + 1] = svg.mark(r.model, px, py, 4.5)
+    marks[#marks + 1] = h.g { h.title { ("%s: %s"):format(r.row.label, parts.short(r.value)) },
+      svg.mark(r.model, px, py, 4.5) }
     points[i] = { x = px, y = py, label = r.row.label }
   end
   body[#body + 1] = { marks, label_points(points, top, bottom) }

@@ -153,42 +153,49 @@ local function quality(docs, margin)
   return list
 end
 
---- The two points of a sweep at the smallest batch that both models could run, and whether any did not fit.
-local function smallest(sweep)
-  local by_batch, first = {}, nil
+--- The two points of a sweep at the smallest and at the largest batch that both models could run; the second
+--- is nil where that is the same.
+local function extremes(sweep)
+  local by_batch, first, last = {}, nil, nil
   for _, p in ipairs(sweep and sweep.points or {}) do
     by_batch[p.batch] = by_batch[p.batch] or {}
     by_batch[p.batch][p.model] = p
   end
   for batch, pair in pairs(by_batch) do
-    local both = pair[1] and pair[2] and pair[1].seconds and pair[2].seconds
-    if both and (not first or batch < first) then first = batch end
+    if pair[1] and pair[2] and pair[1].seconds and pair[2].seconds then
+      first, last = math.min(first or batch, batch), math.max(last or batch, batch)
+    end
   end
-  return first and by_batch[first]
+  return first and by_batch[first], last ~= first and by_batch[last] or nil
 end
 
+local function saving(full, quantized)
+  return { full = full, quantized = quantized, saved = full - quantized, share = (full - quantized) / full }
+end
+
+--- Peaks at the smallest batch, and as `last` at the largest; without a sweep the resident weights.
 local function memory(docs, sweep)
-  local pair = smallest(sweep)
-  local m
-  if pair then
-    m = { full = pair[1].peak.resident, quantized = pair[2].peak.resident, batch = pair[1].batch,
-      where = ("at batch %d"):format(pair[1].batch), what = "peak of one pass" }
-  else
+  local first, last = extremes(sweep)
+  if not first then
     local facts = docs[1].facts
     if not (facts and facts.full and facts.quantized) then return nil end
-    m = { full = facts.full.bytes, quantized = facts.quantized.bytes, where = "of weights",
-      what = "resident weights" }
+    local m = saving(facts.full.bytes, facts.quantized.bytes)
+    m.where, m.what = "of weights", "resident weights"
+    return m
   end
-  m.saved = m.full - m.quantized
-  m.share = m.saved / m.full
+  local function peaks(pair)
+    local m = saving(pair[1].peak.resident, pair[2].peak.resident)
+    m.batch, m.where, m.what = pair[1].batch, ("at batch %d"):format(pair[1].batch), "peak of one pass"
+    return m
+  end
+  local m = peaks(first)
+  m.last = last and peaks(last)
   return m
 end
 
---- How many times as fast the quantized model is: ratio of the medians, with an interval from redrawing whole
---- rounds, in each of which both took the same batch.
-local function speed(sweep, seed)
-  local pair = smallest(sweep)
-  if not pair then return nil end
+--- How many times as fast the quantized model is at one batch size: ratio of the medians, with an interval
+--- from redrawing whole rounds, in each of which both took the same batch.
+local function speed_at(pair, seed)
   local full, quantized = pair[1].seconds, pair[2].seconds
   local s = { batch = pair[1].batch, full = full, quantized = quantized,
     ratio = full.median / quantized.median }
@@ -198,6 +205,14 @@ local function speed(sweep, seed)
     s.ratio, s.low, s.high = stats.bootstrap_ratio({ a, b }, { of = "median", seed = seed })
     s.faster, s.slower = s.low and s.low > 1, s.high and s.high < 1
   end
+  return s
+end
+
+local function speed(sweep, seed)
+  local first, last = extremes(sweep)
+  if not first then return nil end
+  local s = speed_at(first, seed)
+  s.last = last and speed_at(last, seed)
   return s
 end
 
