@@ -71,6 +71,7 @@ static int64_t aligned_run(const qk_matrix *w)
     return power < w->block ? power : w->block;
 }
 
+#ifndef V16_HAS_PAIR
 QK_INLINE v16 lut4(const uint8_t *p, v16 lut, bool vbmi)
 {
 #ifdef V16_HAS_VBMI
@@ -121,58 +122,80 @@ QK_INLINE void direct_4bit(const qk_matrix *w, bool vbmi, bool finite, int M, in
     }
 }
 
-#ifdef V16_HAS_PAIR
-/* The same for rows n and n + 1 of numbers rounded to bfloat16, whose blocks are runs of 32 and more. */
-QK_INLINE void direct_pair(const qk_matrix *w, int M, int64_t n, int64_t last, const float *x, float *acc,
-                           int at)
+#else
+/* The same for rows n and n + 1 of 4-bit weights in runs of `run` >= 32; x as v16_pair_order leaves it. Codes
+ * of float32 weights are looked up and then scaled: with blocks of 64 that is 8 operations for 64 weights,
+ * and making a table of scaled ones 8.5. Else a block's table is made while the one before is in use. */
+QK_INLINE void direct_pair(const qk_matrix *w, qk_format round_to, bool finite, int64_t run, int M, int64_t n,
+                           int64_t last, const float *x, float *acc)
 {
-    const int64_t k = w->k, run = aligned_run(w), first0 = n * k, first1 = (n + 1 < last ? n + 1 : last) * k;
+    const int64_t k = w->k, first0 = n * k, first1 = (n + 1 < last ? n + 1 : last) * k;
     const int shift = __builtin_ctz((unsigned)w->block);
     const uint8_t *row0 = (const uint8_t *)w->data + first0 / 2,
                   *row1 = (const uint8_t *)w->data + first1 / 2;
     const char *next = prefetch_start(w, n, 2, k / 2);
-    __m256 sum[2][4];
-    QK_UNROLL for (int m = 0; m < M; m++)
+    const bool table_of_codes = round_to == QK_F32;
+    __m256 code[4], sum[V16_DIRECT_COLS][4];
+    QK_UNROLL for (int q = 0; q < 4; q++)
     {
-        QK_UNROLL for (int q = 0; q < 4; q++) sum[m][q] = _mm256_setzero_ps();
+        code[q] = _mm256_broadcast_ps((const __m128 *)(const void *)(w->code + 4 * q));
+        QK_UNROLL for (int m = 0; m < M; m++) sum[m][q] = _mm256_setzero_ps();
     }
+    __m256 scale = v16_pair_scale(w->absmax + (first0 >> shift), w->absmax + (first1 >> shift));
+    v16_pair_table table =
+        v16_pair_values(round_to, finite, code, table_of_codes ? _mm256_set1_ps(1) : scale);
     for (int64_t i = 0; i < k; i += run) {
-        v16_pair_table t =
-            v16_pair_values(w->code, w->absmax[(first0 + i) >> shift], w->absmax[(first1 + i) >> shift]);
-        for (int64_t j = i; j < i + run; j += 32, next += 32) {
-            __builtin_prefetch(next, 0, 2);
-            v16_pair_step(row0 + j / 2, row1 + j / 2, &t, x + j, k, M, sum);
-        }
-    }
-    QK_UNROLL for (int m = 0; m < M; m++)
-    {
-        QK_UNROLL for (int q = 0; q < 4; q++)
+        const __m256 s = scale;
+        const v16_pair_table t = table;
+        const int64_t after = i + run < k ? i + run : i;
+        scale =
+            v16_pair_scale(w->absmax + ((first0 + after) >> shift), w->absmax + ((first1 + after) >> shift));
+        if (!table_of_codes) table = v16_pair_values(round_to, finite, code, scale);
+        QK_UNROLL for (int64_t j = i; j < i + run; j += 32, next += 32)
         {
-            float *to = acc + (m * 16 + at) * 16 + 4 * q;
-            _mm_storeu_ps(to, _mm256_castps256_ps128(sum[m][q]));
-            _mm_storeu_ps(to + 16, _mm256_extractf128_ps(sum[m][q], 1));
+            __builtin_prefetch(next, 0, 2);
+            v16_pair_step(round_to, row0 + j / 2, row1 + j / 2, &t, s, x + j, k, M, sum);
         }
     }
+    QK_UNROLL for (int m = 0; m < M; m++) v16_pair_store(acc + m * 256, sum[m]);
+}
+
+QK_INLINE void direct_4bit(const qk_matrix *w, bool vbmi, bool finite, int M, int64_t n, int64_t last,
+                           const float *x, float *acc, int at)
+{
+    const int64_t run = aligned_run(w);
+    acc += at * 16;
+    (void)vbmi;
+    if (w->round_to == QK_F16)
+        direct_pair(w, QK_F16, finite, run, M, n, last, x, acc);
+    else if (w->round_to == QK_F32 && run == 64)
+        direct_pair(w, QK_F32, finite, 64, M, n, last, x, acc);
+    else if (w->round_to == QK_F32)
+        direct_pair(w, QK_F32, finite, run, M, n, last, x, acc);
+    else if (!finite)
+        direct_pair(w, QK_BF16, false, run, M, n, last, x, acc);
+    else if (run == 64)
+        direct_pair(w, QK_BF16, true, 64, M, n, last, x, acc);
+    else
+        direct_pair(w, QK_BF16, true, run, M, n, last, x, acc);
 }
 #endif
 
 QK_INLINE void direct_rows(const qk_matrix *w, qk_format format, bool vbmi, int M, const float *bias,
-                           const float *x, bool add, float *y, int64_t n0, int64_t n1)
+                           const float *x, bool add, float *y, int64_t n0, int64_t n1, float *scratch)
 {
     float acc[V16_DIRECT_COLS * 256] __attribute__((aligned(64)));
     const bool finite = format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
 #ifdef V16_HAS_PAIR
-    const bool pairs = finite && w->round_to == QK_BF16 && aligned_run(w) >= 32;
+    if (format == QK_4BIT) {
+        for (int64_t i = 0; i < M * w->k; i += 16) v16_pair_order(x + i, scratch + i);
+        x = scratch;
+    }
 #endif
+    (void)scratch;
     for (int64_t n = n0; n < n1; n += 16) {
         int rows = n1 - n < 16 ? (int)(n1 - n) : 16;
         for (int at = 0; at < rows; at += V16_DIRECT_ROWS) {
-#ifdef V16_HAS_PAIR
-            if (pairs) {
-                direct_pair(w, M, n + at, n1 - 1, x, acc, at);
-                continue;
-            }
-#endif
             if (format == QK_4BIT)
                 direct_4bit(w, vbmi, finite, M, n + at, n1 - 1, x, acc, at);
             else
@@ -185,13 +208,14 @@ QK_INLINE void direct_rows(const qk_matrix *w, qk_format format, bool vbmi, int 
 }
 
 typedef void direct_fn(const qk_matrix *w, const float *bias, const float *x, bool add, float *y, int64_t n0,
-                       int64_t n1);
+                       int64_t n1, float *scratch);
 
 #define DIRECT(name, format, vbmi, M)                                                                        \
     static __attribute__((noinline)) void name##_##M(const qk_matrix *w, const float *bias, const float *x,  \
-                                                     bool add, float *y, int64_t n0, int64_t n1)             \
+                                                     bool add, float *y, int64_t n0, int64_t n1,             \
+                                                     float *scratch)                                         \
     {                                                                                                        \
-        direct_rows(w, format, vbmi, M, bias, x, add, y, n0, n1);                                            \
+        direct_rows(w, format, vbmi, M, bias, x, add, y, n0, n1, scratch);                                   \
     }
 #define DIRECT_2(name, format, vbmi)                                                                         \
     DIRECT(name, format, vbmi, 1)                                                                            \
@@ -234,8 +258,17 @@ static direct_fn *direct_kernel(qk_format format, int64_t m)
     return direct_nf4[m - 1];
 }
 
-void QK_NAME(direct)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
-                     int64_t n0, int64_t n1)
+size_t QK_NAME(direct_scratch)(const qk_matrix *w, int64_t m)
 {
-    direct_kernel(w->format, m)(w, bias, x, add, y, n0, n1);
+#ifdef V16_HAS_PAIR
+    if (w->format == QK_4BIT) return (size_t)(m * w->k) * sizeof(float);
+#endif
+    (void)w, (void)m;
+    return 0;
+}
+
+void QK_NAME(direct)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
+                     int64_t n0, int64_t n1, void *scratch)
+{
+    direct_kernel(w->format, m)(w, bias, x, add, y, n0, n1, scratch);
 }

@@ -342,7 +342,7 @@ static bool is_direct(const qk_matrix *w, int64_t m)
 {
     /* The tile widens dense rows in registers too; 4-bit ones, costly to decode, it takes through a panel. */
     if (w->format != QK_4BIT) return m <= 2;
-    return m <= V16_DIRECT_COLS && w->k % 16 == 0;
+    return m <= V16_DIRECT_COLS && w->k % V16_DIRECT_STEP == 0;
 }
 
 size_t QK_NAME(matmul_packed)(const qk_matrix *w, int64_t m)
@@ -352,7 +352,7 @@ size_t QK_NAME(matmul_packed)(const qk_matrix *w, int64_t m)
 
 size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m)
 {
-    if (is_direct(w, m)) return 0;
+    if (is_direct(w, m)) return QK_NAME(direct_scratch)(w, m);
     room at = rooms(least(m, BATCH));
     return (at.acc + at.panel) * sizeof(float);
 }
@@ -362,7 +362,7 @@ void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int6
 {
     if (m <= 0 || n0 >= n1) return;
     if (is_direct(w, m)) {
-        QK_NAME(direct)(w, bias, x, m, add, y, n0, n1);
+        QK_NAME(direct)(w, bias, x, m, add, y, n0, n1, scratch);
         return;
     }
     (m <= FEW ? matmul_few : matmul_many)(w, bias, x, m, add, y, n0, n1, scratch);

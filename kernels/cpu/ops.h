@@ -10,9 +10,10 @@ size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m);
 void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                      int64_t n0, int64_t n1, void *scratch);
 /* The same for few activation rows: m <= 2, or V16_DIRECT_COLS when w is 4-bit, and then
- * k is a multiple of 16. */
+ * k is a multiple of V16_DIRECT_STEP. */
+size_t QK_NAME(direct_scratch)(const qk_matrix *w, int64_t m);
 void QK_NAME(direct)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
-                     int64_t n0, int64_t n1);
+                     int64_t n0, int64_t n1, void *scratch);
 void QK_NAME(attention)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, void *scratch);
 void QK_NAME(attention_run)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, int64_t run,
                             void *scratch);

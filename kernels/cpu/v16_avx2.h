@@ -12,6 +12,7 @@ typedef struct {
 #define V16_TILE_PIECE 1024
 #define V16_DIRECT_ROWS 2
 #define V16_DIRECT_COLS 2
+#define V16_DIRECT_STEP 32
 
 #define V16_BOTH(expr_lo, expr_hi)                                                                           \
     (v16)                                                                                                    \
@@ -121,12 +122,17 @@ QK_INLINE v16 v16_load_f16(const uint16_t *p)
                     _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 8))));
 }
 
-QK_INLINE __m256 v16_round_bf16_number_8(__m256 v)
+/* The number v rounded to bfloat16 in the upper half of each dword, anything in the lower. */
+QK_INLINE __m256 v16_carry_bf16_8(__m256 v)
 {
     __m256i u = _mm256_castps_si256(v);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    return _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32(-0x10000)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))));
+}
+
+QK_INLINE __m256 v16_round_bf16_number_8(__m256 v)
+{
+    return _mm256_and_ps(v16_carry_bf16_8(v), _mm256_castsi256_ps(_mm256_set1_epi32(-0x10000)));
 }
 
 /* For all but a NaN whose payload has its upper bits set. */
@@ -247,61 +253,102 @@ QK_INLINE __m256 v16_lut4_8(const uint8_t *p, v16 lut)
 }
 
 /* Two 4-bit rows side by side, one in each 128-bit half: nothing crosses halves, which takes two operations
- * and more on Zen, and a look-up serves both. 16 weights take 11.6 vector operations in blocks of 64, a third
- * of them to make the table. b2 and b3: upper bytes of the 16 bfloat16 values. */
+ * and more on Zen, and a look-up serves both. The even weights of 16 (high nibbles) come before the odd ones,
+ * which saves bringing them together: activations are put in that order once, sums back at the end. */
 #define V16_HAS_PAIR 1
+/* 16 values by 4-bit code for each row: byte p of every value. Bytes 0 and 1 of bfloat16 values are unused.
+ */
 typedef struct {
-    __m256i b2, b3;
+    __m256i byte[4];
 } v16_pair_table;
 
-/* The values code[i] * scale rounded to bfloat16, which must be numbers. */
-QK_INLINE v16_pair_table v16_pair_values(const float *code, float scale0, float scale1)
+QK_INLINE __m256 v16_pair_scale(const float *scale0, const float *scale1)
+{
+    return _mm256_blend_ps(_mm256_broadcast_ss(scale0), _mm256_broadcast_ss(scale1), 0xf0);
+}
+
+/* The values code[i] * scale rounded; `finite`: they are numbers. code [4]: four values twice in each. */
+QK_INLINE v16_pair_table v16_pair_values(qk_format round_to, bool finite, const __m256 *code, __m256 scale)
 {
     const __m256i apart = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12,
                                            1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m256 scale = _mm256_set_m128(_mm_set1_ps(scale1), _mm_set1_ps(scale0));
     __m256i v[4];
     QK_UNROLL for (int q = 0; q < 4; q++)
     {
-        __m256 four = _mm256_broadcast_ps((const __m128 *)(const void *)(code + 4 * q));
-        __m256 rounded = v16_round_bf16_number_8(_mm256_mul_ps(four, scale));
-        v[q] = _mm256_shuffle_epi8(_mm256_castps_si256(rounded), apart);
+        __m256 f = _mm256_mul_ps(code[q], scale);
+        if (round_to == QK_F16) f = _mm256_cvtph_ps(v16_narrow_f16(f));
+        if (round_to == QK_BF16) f = finite ? v16_carry_bf16_8(f) : v16_round_bf16_8(f);
+        v[q] = _mm256_shuffle_epi8(_mm256_castps_si256(f), apart);
     }
-    __m256i low = _mm256_unpackhi_epi32(v[0], v[1]), high = _mm256_unpackhi_epi32(v[2], v[3]);
-    return (v16_pair_table){_mm256_unpacklo_epi64(low, high), _mm256_unpackhi_epi64(low, high)};
+    v16_pair_table t;
+    __m256i first = _mm256_unpackhi_epi32(v[0], v[1]), second = _mm256_unpackhi_epi32(v[2], v[3]);
+    t.byte[2] = _mm256_unpacklo_epi64(first, second);
+    t.byte[3] = _mm256_unpackhi_epi64(first, second);
+    if (round_to == QK_BF16) return t;
+    first = _mm256_unpacklo_epi32(v[0], v[1]);
+    second = _mm256_unpacklo_epi32(v[2], v[3]);
+    t.byte[0] = _mm256_unpacklo_epi64(first, second);
+    t.byte[1] = _mm256_unpackhi_epi64(first, second);
+    return t;
 }
 
-/* 16 codes of each row, to lanes 4q .. 4q+3 in out[q]. */
-QK_INLINE void v16_pair_16(__m256i codes, const v16_pair_table *t, __m256 *out)
+/* 16 activations, even ones first. */
+QK_INLINE void v16_pair_order(const float *x, float *y)
 {
-    const __m256i zero = _mm256_setzero_si256();
-    __m256i b2 = _mm256_shuffle_epi8(t->b2, codes), b3 = _mm256_shuffle_epi8(t->b3, codes);
-    __m256i first = _mm256_unpacklo_epi8(b2, b3), second = _mm256_unpackhi_epi8(b2, b3);
-    out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, first));
-    out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, first));
-    out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, second));
-    out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, second));
+    v16 v = v16_load(x);
+    __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(v.lo, v.hi, 0x88));
+    __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(v.lo, v.hi, 0xdd));
+    _mm256_storeu_ps(y, _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8)));
+    _mm256_storeu_ps(y + 8, _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8)));
 }
 
-/* 32 weights of two rows against M activation rows `stride` apart: sum[m][q], halves as above. */
-QK_INLINE void v16_pair_step(const uint8_t *p0, const uint8_t *p1, const v16_pair_table *t, const float *x,
-                             int64_t stride, int M, __m256 (*sum)[4])
+/* Sums of two rows, back in natural order: 16 of the first, 16 of the second. */
+QK_INLINE void v16_pair_store(float *y, const __m256 *sum)
+{
+    QK_UNROLL for (int q = 0; q < 4; q++)
+    {
+        __m256 even = sum[q / 2], odd = sum[2 + q / 2];
+        __m256 four = q % 2 ? _mm256_unpackhi_ps(even, odd) : _mm256_unpacklo_ps(even, odd);
+        _mm_storeu_ps(y + 4 * q, _mm256_castps256_ps128(four));
+        _mm_storeu_ps(y + 16 + 4 * q, _mm256_extractf128_ps(four, 1));
+    }
+}
+
+/* 32 weights of two rows against M activation rows `stride` apart: sum[m][q]. Each look-up gives the 16 even
+ * or odd weights, unpacking in two stages those of the first 16 and of the second. */
+QK_INLINE void v16_pair_step(qk_format round_to, const uint8_t *p0, const uint8_t *p1,
+                             const v16_pair_table *t, __m256 scale, const float *x, int64_t stride, int M,
+                             __m256 (*sum)[4])
 {
     const __m256i nibble = _mm256_set1_epi8(15);
-    __m256i z = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p0));
-    z = _mm256_inserti128_si256(z, _mm_loadu_si128((const __m128i *)(const void *)p1), 1);
-    __m256i even = _mm256_and_si256(_mm256_srli_epi16(z, 4), nibble), odd = _mm256_and_si256(z, nibble);
-    QK_UNROLL for (int s = 0; s < 2; s++)
+    __m256i z = _mm256_blend_epi32(
+        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p0)),
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p1)), 0xf0);
+    QK_UNROLL for (int odd = 0; odd < 2; odd++)
     {
-        __m256 v[4];
-        v16_pair_16(s ? _mm256_unpackhi_epi8(even, odd) : _mm256_unpacklo_epi8(even, odd), t, v);
-        QK_UNROLL for (int m = 0; m < M; m++)
+        __m256i code = _mm256_and_si256(odd ? z : _mm256_srli_epi16(z, 4), nibble), b[4];
+        QK_UNROLL for (int p = 0; p < 4; p++)
         {
-            QK_UNROLL for (int q = 0; q < 4; q++)
+            b[p] =
+                round_to == QK_BF16 && p < 2 ? _mm256_setzero_si256() : _mm256_shuffle_epi8(t->byte[p], code);
+        }
+        QK_UNROLL for (int s = 0; s < 2; s++)
+        {
+            __m256i low = s ? _mm256_unpackhi_epi8(b[0], b[1]) : _mm256_unpacklo_epi8(b[0], b[1]);
+            __m256i high = s ? _mm256_unpackhi_epi8(b[2], b[3]) : _mm256_unpacklo_epi8(b[2], b[3]);
+            if (round_to == QK_BF16) low = _mm256_setzero_si256();
+            QK_UNROLL for (int h = 0; h < 2; h++)
             {
-                const float *from = x + m * stride + 16 * s + 4 * q;
-                __m256 a = _mm256_broadcast_ps((const __m128 *)(const void *)from);
-                sum[m][q] = _mm256_fmadd_ps(v[q], a, sum[m][q]);
+                const int q = 2 * odd + h;
+                __m256 v = _mm256_castsi256_ps(h ? _mm256_unpackhi_epi16(low, high)
+                                                 : _mm256_unpacklo_epi16(low, high));
+                if (round_to == QK_F32) v = _mm256_mul_ps(v, scale);
+                QK_UNROLL for (int m = 0; m < M; m++)
+                {
+                    const float *at = x + m * stride + 16 * s + 4 * q;
+                    __m256 a = _mm256_broadcast_ps((const __m128 *)(const void *)at);
+                    sum[m][q] = _mm256_fmadd_ps(v, a, sum[m][q]);
+                }
             }
         }
     }

@@ -10,6 +10,7 @@ typedef __m512 v16;
 /* Weight rows taken at once, and most activation rows, when 4-bit weights are decoded in registers. */
 #define V16_DIRECT_ROWS 4
 #define V16_DIRECT_COLS 4
+#define V16_DIRECT_STEP 16
 
 #define V16_TAIL(n) ((__mmask16)((1u << (n)) - 1u)) /* 0 <= n <= 16 */
 

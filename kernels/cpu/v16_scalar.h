@@ -10,6 +10,7 @@ typedef struct {
 #define V16_TILE_PIECE 512
 #define V16_DIRECT_ROWS 2
 #define V16_DIRECT_COLS 2
+#define V16_DIRECT_STEP 16
 
 #define V16_EACH(expr)                                                                                       \
     v16 r;                                                                                                   \

@@ -75,10 +75,11 @@ static void test_4bit_products(void **state)
     const int blocks[] = {32, 64, 128, 1024, 4096};
     for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++) {
         for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
-            qk_matrix w =
-                new_matrix(QK_4BIT, shapes[i][0], shapes[i][1], blocks[b], (qk_format)((b + i) % 3));
-            for (int64_t m = 1; m <= 13; m += m < 6 ? 1 : 6) check_product(&w, m);
-            free_matrix(&w);
+            for (qk_format round_to = QK_F32; round_to <= QK_BF16; round_to++) {
+                qk_matrix w = new_matrix(QK_4BIT, shapes[i][0], shapes[i][1], blocks[b], round_to);
+                for (int64_t m = 1; m <= 13; m += m < 6 ? 1 : 6) check_product(&w, m);
+                free_matrix(&w);
+            }
         }
     }
 }
