@@ -124,6 +124,9 @@ local function is_post(facts)
   return false
 end
 
+--- Whether speeds are among the results.
+local function is_timed(facts) return sweep_of(facts) ~= nil or #outcomes_of(facts) > 0 end
+
 local WIDTH <const> = { float32 = 4, bfloat16 = 2, float16 = 2 }
 
 function checks.dtypes(facts)
@@ -318,7 +321,6 @@ function checks.rows(facts)
   if not rows then return nil end
   local text = ("%s reused, %d computed in this run"):format(plural(rows.reused, "row"), rows.ran)
   if rows.reused == 0 then return text, true end
-  if not sweep_of(facts) and #outcomes_of(facts) == 0 then return text end -- nothing was timed
   return text, false, ("the speeds of %s come from other runs, on another day or under another load "
     .. "(--fresh measures all anew)"):format(plural(rows.reused, "row"))
 end
@@ -372,7 +374,7 @@ local function add_post(list, facts)
   end
   if questions < all then
     fault("questions", ("%d of the file's %d"):format(questions, all),
-      "the questions were chosen for being short: the result is not that of the test set")
+      "only questions under 64 characters are asked: the result is not that of the test set")
   end
   fault("unread answers", plural(unparsed, "answer") .. " without a letter", "answers without a letter in "
     .. "brackets count as wrong, and letters after D as answers: format is measured with knowledge")
@@ -384,6 +386,10 @@ local function add_post(list, facts)
     .. "after the device, and each model has a memory account of its own" }
 end
 
+--- Checks of what can only spoil speeds: recorded where nothing was timed.
+local OF_SPEED <const> = { threads = true, load = true, device = true, clock = true, memory = true,
+  rows = true }
+
 local ORDER <const> = { "dtypes", "resident", "origin", "batch sizes", "order", "warm-up", "synchronisation",
   "threads", "kernels", "load", "device", "clock", "memory", "drift", "rows", "noise floor" }
 
@@ -394,6 +400,9 @@ function fairness.judge(facts)
   local list = json.array()
   for _, name in ipairs(ORDER) do
     local text, ok, reason = checks[name](facts)
+    if ok == false and OF_SPEED[name] and not is_timed(facts) then
+      text, ok, reason = text .. "; nothing was timed", nil, nil
+    end
     if text then list[#list + 1] = { name = name, text = text, ok = ok, reason = reason } end
   end
   if is_post(facts) then add_post(list, facts) end
