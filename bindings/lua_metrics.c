@@ -128,6 +128,69 @@ static int metrics_nucleus(lua_State *L)
     return push_doubles(L, out, p.rows);
 }
 
+static double *check_numbers(lua_State *L, int arg, int *n)
+{
+    luaL_checktype(L, arg, LUA_TTABLE);
+    lua_Integer count = luaL_len(L, arg);
+    luaL_argcheck(L, count > 0 && count <= 1000, arg, "1 to 1000 numbers expected");
+    double *list = buffer(L, count, sizeof *list);
+    for (lua_Integer i = 0; i < count; i++) {
+        int is_number;
+        lua_geti(L, arg, i + 1);
+        list[i] = lua_tonumberx(L, -1, &is_number);
+        luaL_argcheck(L, is_number, arg, "a list of numbers expected");
+        lua_pop(L, 1);
+    }
+    *n = (int)count;
+    return list;
+}
+
+static void push_nucleus_pair(lua_State *L, const ql_nucleus_pair *p)
+{
+    lua_createtable(L, 0, 4);
+    lua_pushnumber(L, p->overlap);
+    lua_setfield(L, -2, "overlap");
+    lua_createtable(L, 2, 0);
+    lua_createtable(L, 2, 0);
+    for (int m = 0; m < 2; m++) {
+        lua_pushinteger(L, p->size[m]);
+        lua_rawseti(L, -3, m + 1);
+        lua_pushnumber(L, p->mass[m]);
+        lua_rawseti(L, -2, m + 1);
+    }
+    lua_setfield(L, -3, "masses");
+    lua_setfield(L, -2, "sizes");
+    lua_pushboolean(L, p->has_top);
+    lua_setfield(L, -2, "has_top");
+}
+
+/* nuclei(a, b, {top_p, ...}, {temperature, ...}) -> [row][temperature][top_p] = {overlap, sizes, masses,
+ * has_top} */
+static int metrics_nuclei(lua_State *L)
+{
+    pair p = check_pair(L);
+    int np, nt;
+    const double *top_ps = check_numbers(L, 3, &np), *temperatures = check_numbers(L, 4, &nt);
+    ql_nucleus_pair *out = buffer(L, p.rows * np * nt, sizeof *out);
+    ql_err err;
+    if (ql_metrics_nuclei(&p.a, &p.b, top_ps, np, temperatures, nt, out, &err) != QL_OK)
+        return qlua_fail(L, &err);
+    lua_createtable(L, (int)p.rows, 0);
+    for (int64_t r = 0; r < p.rows; r++) {
+        lua_createtable(L, nt, 0);
+        for (int t = 0; t < nt; t++) {
+            lua_createtable(L, np, 0);
+            for (int j = 0; j < np; j++) {
+                push_nucleus_pair(L, out + (r * nt + t) * np + j);
+                lua_rawseti(L, -2, j + 1);
+            }
+            lua_rawseti(L, -2, t + 1);
+        }
+        lua_rawseti(L, -2, r + 1);
+    }
+    return 1;
+}
+
 /* loglik(logits, targets) -> ln p(target), whether the target is the most likely token */
 static int metrics_loglik(lua_State *L)
 {
@@ -153,10 +216,10 @@ static int metrics_entropy(lua_State *L)
 
 void qlua_metrics_open(lua_State *L)
 {
-    static const luaL_Reg functions[] = {{"jaccard", metrics_jaccard}, {"agreement", metrics_agreement},
-                                         {"kl", metrics_kl},           {"delta_p", metrics_delta_p},
-                                         {"nucleus", metrics_nucleus}, {"loglik", metrics_loglik},
-                                         {"entropy", metrics_entropy}, {NULL, NULL}};
+    static const luaL_Reg functions[] = {
+        {"jaccard", metrics_jaccard}, {"agreement", metrics_agreement}, {"kl", metrics_kl},
+        {"delta_p", metrics_delta_p}, {"nucleus", metrics_nucleus},     {"nuclei", metrics_nuclei},
+        {"loglik", metrics_loglik},   {"entropy", metrics_entropy},     {NULL, NULL}};
     luaL_newlib(L, functions);
     lua_setfield(L, -2, "metrics");
 }

@@ -110,18 +110,6 @@ static ql_status logsumexp(const view *v, double temperature, double *out, ql_er
     return status;
 }
 
-static ql_status logsumexp_new(const view *v, double temperature, double **out, ql_err *err)
-{
-    *out = ql_calloc((size_t)v->rows, sizeof **out);
-    if (!*out) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld rows", (long long)v->rows);
-    ql_status status = logsumexp(v, temperature, *out, err);
-    if (status != QL_OK) {
-        ql_free(*out);
-        *out = NULL;
-    }
-    return status;
-}
-
 static ql_status check_targets(const view *v, const int32_t *targets, ql_err *err)
 {
     for (int64_t r = 0; r < v->rows; r++) {
@@ -312,16 +300,17 @@ ql_status ql_metrics_delta_p(const ql_tensor *a, const ql_tensor *b, const int32
 /* Most likely tokens taken from the topk operation; flat rows, whose nucleus is larger, are sorted whole. */
 #define NUCLEUS_TOP 1024
 
-/* One model's nuclei, row by row. `sorted` [cols] is there once a row has needed it. */
+/* One model's nuclei, row by row. `row` and `sorted` [cols] are there once a row has needed them. */
 typedef struct {
     const view *view;
     int top;
     int32_t *ids;  /* [rows, top] */
     float *values; /* [rows, top] */
-    double *lse;   /* [rows] */
+    double *lse;   /* [temperatures, rows] */
     uint64_t *sorted;
-    float *row;        /* [cols], with `sorted` */
-    uint32_t *nucleus; /* [cols]: ids of the row at hand, ascending */
+    float *row;
+    int64_t row_at, sorted_at; /* which rows these hold; -1: none */
+    uint32_t *nucleus;         /* [cols]: ids of the nucleus at hand, ascending */
     int64_t size;
 } nuclei;
 
@@ -336,15 +325,18 @@ static void nuclei_close(nuclei *n)
     memset(n, 0, sizeof *n);
 }
 
-static ql_status nuclei_open(const view *v, double temperature, nuclei *n, ql_err *err)
+static ql_status nuclei_open(const view *v, const double *temperatures, int nt, nuclei *n, ql_err *err)
 {
     n->view = v;
+    n->row_at = n->sorted_at = -1;
     n->top = v->cols < NUCLEUS_TOP ? (int)v->cols : NUCLEUS_TOP;
     n->nucleus = ql_calloc((size_t)v->cols, sizeof *n->nucleus);
-    if (!n->nucleus)
-        return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld tokens", (long long)v->cols);
-    ql_status status = logsumexp_new(v, temperature, &n->lse, err);
-    return status == QL_OK ? top_tokens(v, n->top, &n->ids, &n->values, err) : status;
+    n->lse = ql_calloc((size_t)(nt * v->rows), sizeof *n->lse);
+    if (!n->nucleus || !n->lse)
+        return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld tokens of %lld rows",
+                          (long long)v->cols, (long long)v->rows);
+    for (int t = 0; t < nt; t++) QL_TRY(logsumexp(v, temperatures[t], n->lse + t * v->rows, err));
+    return top_tokens(v, n->top, &n->ids, &n->values, err);
 }
 
 /* Larger floats give smaller keys; zeros of either sign are equal. */
@@ -362,28 +354,45 @@ static int by_id(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static ql_status nuclei_row(nuclei *n, int64_t r, double top_p, double temperature, ql_err *err)
+static ql_status nuclei_fetch(nuclei *n, int64_t r, ql_err *err)
+{
+    if (n->row_at == r) return QL_OK;
+    if (!n->row) n->row = ql_malloc((size_t)n->view->cols * sizeof *n->row);
+    if (!n->row) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for a row of logits");
+    QL_TRY(fetch_row(n->view, r, n->row, err));
+    n->row_at = r;
+    return QL_OK;
+}
+
+static ql_status nuclei_sort(nuclei *n, int64_t r, ql_err *err)
+{
+    int64_t cols = n->view->cols;
+    if (n->sorted_at == r) return QL_OK;
+    if (!n->sorted) n->sorted = ql_calloc((size_t)cols, sizeof *n->sorted);
+    if (!n->sorted) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld tokens", (long long)cols);
+    QL_TRY(nuclei_fetch(n, r, err));
+    for (int64_t j = 0; j < cols; j++) n->sorted[j] = (uint64_t)descending(n->row[j]) << 32 | (uint32_t)j;
+    qsort(n->sorted, (size_t)cols, sizeof *n->sorted, by_value);
+    n->sorted_at = r;
+    return QL_OK;
+}
+
+/* The nucleus of row r; lse: the row's, at that temperature. */
+static ql_status nuclei_row(nuclei *n, int64_t r, double top_p, double temperature, double lse, ql_err *err)
 {
     const view *v = n->view;
     double mass = 0;
     int64_t size = 0;
     for (; size < n->top && mass < top_p; size++) {
         n->nucleus[size] = (uint32_t)n->ids[r * n->top + size];
-        mass += exp((double)n->values[r * n->top + size] / temperature - n->lse[r]);
+        mass += exp((double)n->values[r * n->top + size] / temperature - lse);
     }
     if (mass < top_p && size < v->cols) {
-        if (!n->sorted) n->sorted = ql_calloc((size_t)v->cols, sizeof *n->sorted);
-        if (!n->row) n->row = ql_calloc((size_t)v->cols, sizeof *n->row);
-        if (!n->sorted || !n->row)
-            return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld tokens", (long long)v->cols);
-        QL_TRY(fetch_row(v, r, n->row, err));
-        const float *row = n->row;
-        for (int64_t j = 0; j < v->cols; j++) n->sorted[j] = (uint64_t)descending(row[j]) << 32 | (uint32_t)j;
-        qsort(n->sorted, (size_t)v->cols, sizeof *n->sorted, by_value);
+        QL_TRY(nuclei_sort(n, r, err));
         for (; size < v->cols && mass < top_p; size++) {
             uint32_t id = (uint32_t)n->sorted[size];
             n->nucleus[size] = id;
-            mass += exp((double)row[id] / temperature - n->lse[r]);
+            mass += exp((double)n->row[id] / temperature - lse);
         }
     }
     n->size = size;
@@ -403,30 +412,81 @@ static double set_jaccard(const nuclei *a, const nuclei *b)
     return (double)both / (double)(a->size + b->size - both);
 }
 
+/* What `other`'s nucleus weighs in the distribution of row r of n. */
+static ql_status mass_of(nuclei *n, int64_t r, const nuclei *other, double temperature, double lse,
+                         double *mass, ql_err *err)
+{
+    QL_TRY(nuclei_fetch(n, r, err));
+    *mass = 0;
+    for (int64_t i = 0; i < other->size; i++)
+        *mass += exp((double)n->row[other->nucleus[i]] / temperature - lse);
+    return QL_OK;
+}
+
+static ql_status nuclei_pair(nuclei *a, nuclei *b, int64_t r, int t, double top_p, double temperature,
+                             bool masses, ql_nucleus_pair *out, ql_err *err)
+{
+    int64_t cols = a->view->cols, rows = a->view->rows;
+    double lse_a = a->lse[t * rows + r], lse_b = b->lse[t * rows + r];
+    *out = (ql_nucleus_pair){1, {cols, cols}, {1, 1}, true};
+    if (top_p == 1) return QL_OK; /* the whole vocabulary, whatever rounding makes of the sum */
+    QL_TRY(nuclei_row(a, r, top_p, temperature, lse_a, err));
+    QL_TRY(nuclei_row(b, r, top_p, temperature, lse_b, err));
+    out->overlap = set_jaccard(a, b);
+    out->size[0] = a->size;
+    out->size[1] = b->size;
+    uint32_t top = (uint32_t)a->ids[r * a->top];
+    out->has_top = bsearch(&top, b->nucleus, (size_t)b->size, sizeof top, by_id) != NULL;
+    if (!masses) return QL_OK;
+    QL_TRY(mass_of(a, r, b, temperature, lse_a, &out->mass[0], err));
+    return mass_of(b, r, a, temperature, lse_b, &out->mass[1], err);
+}
+
+static ql_status compare_nuclei(const ql_tensor *a, const ql_tensor *b, const double *top_ps, int np,
+                                const double *temperatures, int nt, bool masses, ql_nucleus_pair *out,
+                                ql_err *err)
+{
+    for (int j = 0; j < np; j++) {
+        if (!(top_ps[j] > 0 && top_ps[j] <= 1))
+            return ql_err_set(err, QL_ERR_ARG, "top_p %g is outside (0, 1]", top_ps[j]);
+    }
+    for (int t = 0; t < nt; t++) {
+        if (!(temperatures[t] > 0) || !isfinite(temperatures[t]))
+            return ql_err_set(err, QL_ERR_ARG, "temperature %g is not a finite number above 0",
+                              temperatures[t]);
+    }
+    view va, vb;
+    nuclei na = {0}, nb = {0};
+    QL_TRY(view_open_pair(a, b, &va, &vb, err));
+    ql_status status = nuclei_open(&va, temperatures, nt, &na, err);
+    if (status == QL_OK) status = nuclei_open(&vb, temperatures, nt, &nb, err);
+    for (int64_t r = 0; r < va.rows; r++) {
+        for (int64_t c = 0; c < (int64_t)nt * np && status == QL_OK; c++) {
+            int t = (int)(c / np);
+            status = nuclei_pair(&na, &nb, r, t, top_ps[c % np], temperatures[t], masses,
+                                 out + r * nt * np + c, err);
+        }
+    }
+    nuclei_close(&na);
+    nuclei_close(&nb);
+    return status;
+}
+
+ql_status ql_metrics_nuclei(const ql_tensor *a, const ql_tensor *b, const double *top_ps, int np,
+                            const double *temperatures, int nt, ql_nucleus_pair *out, ql_err *err)
+{
+    return compare_nuclei(a, b, top_ps, np, temperatures, nt, true, out, err);
+}
+
 ql_status ql_metrics_nucleus(const ql_tensor *a, const ql_tensor *b, double top_p, double temperature,
                              double *out, ql_err *err)
 {
-    if (!(top_p > 0 && top_p <= 1)) return ql_err_set(err, QL_ERR_ARG, "top_p %g is outside (0, 1]", top_p);
-    if (!(temperature > 0) || !isfinite(temperature))
-        return ql_err_set(err, QL_ERR_ARG, "temperature %g is not a finite number above 0", temperature);
-    view va, vb;
-    nuclei na = {0}, nb = {0};
-    ql_status status = view_open_pair(a, b, &va, &vb, err);
-    if (status != QL_OK) return status;
-    if (top_p == 1) {
-        for (int64_t r = 0; r < va.rows; r++) out[r] = 1;
-        goto fail;
-    }
-    status = nuclei_open(&va, temperature, &na, err);
-    if (status == QL_OK) status = nuclei_open(&vb, temperature, &nb, err);
-    for (int64_t r = 0; r < va.rows && status == QL_OK; r++) {
-        status = nuclei_row(&na, r, top_p, temperature, err);
-        if (status == QL_OK) status = nuclei_row(&nb, r, top_p, temperature, err);
-        if (status == QL_OK) out[r] = set_jaccard(&na, &nb);
-    }
-fail:
-    nuclei_close(&na);
-    nuclei_close(&nb);
+    int64_t rows = a && a->ndim ? a->shape[0] : 0;
+    ql_nucleus_pair *pairs = ql_calloc((size_t)(rows ? rows : 1), sizeof *pairs);
+    if (!pairs) return ql_err_set(err, QL_ERR_MEMORY, "out of memory for %lld rows", (long long)rows);
+    ql_status status = compare_nuclei(a, b, &top_p, 1, &temperature, 1, false, pairs, err);
+    for (int64_t r = 0; r < rows && status == QL_OK; r++) out[r] = pairs[r].overlap;
+    ql_free(pairs);
     return status;
 }
 

@@ -32,6 +32,20 @@ ql_status ql_metrics_delta_p(const ql_tensor *a, const ql_tensor *b, const int32
 ql_status ql_metrics_nucleus(const ql_tensor *a, const ql_tensor *b, double top_p, double temperature,
                              double *out /* [OUT] [n] */, ql_err *err);
 
+/* Two nuclei of one row: of the reference [0] and of the tested model [1]. */
+typedef struct {
+    double overlap;  /* Jaccard of the two sets */
+    int64_t size[2]; /* tokens */
+    double mass[2]; /* [0]: of the tested model's nucleus in the reference's distribution; [1]: the reverse */
+    bool has_top;   /* whether the reference's most likely token is in the tested model's nucleus */
+} ql_nucleus_pair;
+
+/* The same, and more of both nuclei, for every top_p at every temperature:
+ * out[(row * nt + t) * np + j] at temperatures[t] and top_ps[j]. */
+ql_status ql_metrics_nuclei(const ql_tensor *a, const ql_tensor *b, const double *top_ps /* [np] */, int np,
+                            const double *temperatures /* [nt] */, int nt,
+                            ql_nucleus_pair *out /* [OUT] [n, nt, np] */, ql_err *err);
+
 /* out[row] = ln p(target); greedy[row], where wanted, = 1 when target is the most likely token. */
 ql_status ql_metrics_loglik(const ql_tensor *a, const int32_t *targets /* [n], ids */,
                             double *out /* [OUT] [n] */, uint8_t *greedy /* [OUT] [n] or NULL */,

@@ -252,6 +252,18 @@ function metrics.delta_p(a, b, targets) end
 ---@return number[]
 function metrics.nucleus(a, b, top_p, temperature) end
 
+---@class qlua.nucleus_pair   the nuclei of the first [1] and the second [2] at one top_p and temperature
+---@field overlap number      Jaccard of the two sets
+---@field sizes integer[]     tokens
+---@field masses number[]     of the second's nucleus in the first's distribution, and the reverse
+---@field has_top boolean     whether the first's most likely token is in the second's nucleus
+
+--- Both nuclei for every top_p at every temperature: [row][temperature][top_p].
+---@param top_ps number[]
+---@param temperatures number[]
+---@return qlua.nucleus_pair[][][]
+function metrics.nuclei(a, b, top_ps, temperatures) end
+
 --- ln p(target), and whether the target is the most likely token.
 ---@param logits qlua.tensor
 ---@param targets integer[]

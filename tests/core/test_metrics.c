@@ -185,7 +185,7 @@ static void nucleus_against_its_definition(int64_t rows, int64_t cols, float sd,
     const double top_ps[] = {0.1, 0.5, 0.9, 0.99, 0.9999}, temperatures[] = {0.1, 1, 3};
     ql_tensor a, b;
     make_pair(rows, cols, sd, grid, &a, &b);
-    double *out = malloc((size_t)rows * sizeof *out), *p = malloc((size_t)cols * sizeof *p);
+    double *out = malloc((size_t)rows * sizeof *out);
     int *rank[2] = {malloc((size_t)(rows * cols) * sizeof(int)), malloc((size_t)(rows * cols) * sizeof(int))};
     bool *in[2] = {malloc((size_t)cols), malloc((size_t)cols)};
     int *at = malloc((size_t)cols * sizeof *at);
@@ -193,12 +193,15 @@ static void nucleus_against_its_definition(int64_t rows, int64_t cols, float sd,
     for (int m = 0; m < 2; m++) {
         for (int64_t r = 0; r < rows; r++) ranks(row_of(models[m], r), cols, rank[m] + r * cols);
     }
+    double *weight[2] = {malloc((size_t)cols * sizeof(double)), malloc((size_t)cols * sizeof(double))};
+    ql_nucleus_pair *pairs = malloc((size_t)rows * 15 * sizeof *pairs);
+    assert_int_equal(ql_metrics_nuclei(&a, &b, top_ps, 5, temperatures, 3, pairs, NULL), QL_OK);
     for (int c = 0; c < 15; c++) {
         double top_p = top_ps[c % 5], temperature = temperatures[c / 5];
         assert_int_equal(ql_metrics_nucleus(&a, &b, top_p, temperature, out, NULL), QL_OK);
         for (int64_t r = 0; r < rows; r++) {
             for (int m = 0; m < 2; m++) {
-                double mass = 0;
+                double mass = 0, *p = weight[m];
                 softmax(row_of(models[m], r), cols, temperature, p);
                 for (int64_t i = 0; i < cols; i++) at[rank[m][r * cols + i]] = (int)i;
                 for (int64_t i = 0; i < cols; i++) {
@@ -207,14 +210,30 @@ static void nucleus_against_its_definition(int64_t rows, int64_t cols, float sd,
                 }
             }
             assert_true(out[r] == overlap(in[0], in[1], cols));
+            const ql_nucleus_pair *pair = &pairs[r * 15 + c];
+            assert_true(pair->overlap == out[r]);
+            for (int m = 0; m < 2; m++) {
+                double mass = 0;
+                int64_t size = 0;
+                for (int64_t i = 0; i < cols; i++) {
+                    size += in[m][i];
+                    if (in[1 - m][i]) mass += weight[m][i];
+                }
+                assert_true(pair->size[m] == size);
+                assert_true(fabs(pair->mass[m] - mass) < 1e-12);
+            }
+            int64_t top = 0;
+            while (rank[0][r * cols + top] != 0) top++;
+            assert_true(pair->has_top == in[1][top]);
         }
     }
+    free(pairs);
     free(at);
     for (int m = 0; m < 2; m++) {
+        free(weight[m]);
         free(in[m]);
         free(rank[m]);
     }
-    free(p);
     free(out);
     ql_tensor_free(&a);
     ql_tensor_free(&b);
@@ -232,6 +251,13 @@ static void nucleus(void **state)
     make_pair(3, 40, 1, 0, &a, &b);
     assert_int_equal(ql_metrics_nucleus(&a, &b, 1, 1, out, NULL), QL_OK);
     for (int r = 0; r < 3; r++) assert_true(out[r] == 1);
+    ql_nucleus_pair pairs[3];
+    assert_int_equal(ql_metrics_nuclei(&a, &b, (const double[]){1}, 1, (const double[]){0.5}, 1, pairs, NULL),
+                     QL_OK);
+    for (int r = 0; r < 3; r++) {
+        assert_true(pairs[r].size[0] == 40 && pairs[r].size[1] == 40 && pairs[r].has_top);
+        assert_true(pairs[r].mass[0] == 1 && pairs[r].mass[1] == 1 && pairs[r].overlap == 1);
+    }
     ql_tensor_free(&a);
     ql_tensor_free(&b);
 }
@@ -347,6 +373,11 @@ static void bad_arguments(void **state)
         assert_int_equal(ql_metrics_nucleus(&a, &b, bad[i], 1, out, &err), QL_ERR_ARG);
     assert_int_equal(ql_metrics_nucleus(&a, &b, 0.9, 0, out, &err), QL_ERR_ARG);
     assert_int_equal(ql_metrics_nucleus(&a, &b, 0.9, INFINITY, out, &err), QL_ERR_ARG);
+    ql_nucleus_pair pairs[8];
+    assert_int_equal(
+        ql_metrics_nuclei(&a, &b, (const double[]){0.9, 2}, 2, (const double[]){1}, 1, pairs, &err),
+        QL_ERR_ARG);
+    assert_non_null(strstr(err.message, "top_p 2"));
     ql_tensor ids;
     assert_int_equal(ql_tensor_new_2d(dev, NULL, QL_MEM_ACTIVATIONS, QL_I32, 4, 10, &ids, NULL), QL_OK);
     assert_int_equal(ql_metrics_entropy(&ids, out, &err), QL_ERR_ARG);
@@ -416,9 +447,10 @@ static void memory_runs_out(void **state)
     ql_tensor a, b;
     double out[6];
     uint8_t same[3];
+    ql_nucleus_pair pairs[6];
     const int32_t targets[] = {1, 2, 3};
     make_pair(3, 1500, 0.01f, 0, &a, &b); /* flat: the nucleus needs the whole row sorted */
-    for (int m = 0; m < 7; m++) {
+    for (int m = 0; m < 8; m++) {
         ql_status status = QL_ERR_MEMORY;
         long n = 0;
         for (; status != QL_OK && n < 100; n++) {
@@ -430,6 +462,8 @@ static void memory_runs_out(void **state)
                      : m == 3 ? ql_metrics_delta_p(&a, &b, targets, out, &err)
                      : m == 4 ? ql_metrics_nucleus(&a, &b, 0.9, 1, out, &err)
                      : m == 5 ? ql_metrics_loglik(&a, targets, out, same, &err)
+                     : m == 6 ? ql_metrics_nuclei(&a, &b, (const double[]){0.1, 0.9}, 2, (const double[]){1},
+                                                  1, pairs, &err)
                               : ql_metrics_entropy(&a, out, &err);
             ql_mem_fail_after(-1, false);
             assert_true(status == QL_OK || status == QL_ERR_MEMORY);

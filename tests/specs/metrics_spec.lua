@@ -69,6 +69,36 @@ describe("golden values", function()
     assert.is_true(compared > 60)
   end)
 
+  it("sizes of nuclei, and what each weighs in the other's distribution", function()
+    local compared = 0
+    for j, nucleus in ipairs(golden.nuclei) do
+      local pairs_of = core.metrics.nuclei(a, b, { nucleus.top_p }, { nucleus.temperature })
+      local overlaps = core.metrics.nucleus(a, b, nucleus.top_p, nucleus.temperature)
+      local heat = { temperature = nucleus.temperature }
+      local probabilities = { a:softmax(heat):totable(), b:softmax(heat):totable() }
+      for i, row in ipairs(golden.rows) do
+        local pair = pairs_of[i][1][1]
+        assert.equal(overlaps[i], pair.overlap)
+        if row.nucleus_margin[j] > MARGIN and nucleus.top_p < 1 then
+          assert.same(row.nucleus_sizes[j], pair.sizes)
+          for m, own in ipairs(probabilities) do
+            local other, order, mass = probabilities[3 - m][i], {}, 0
+            for id = 1, #other do order[id] = id end
+            table.sort(order, function(x, y) return other[x] > other[y] or other[x] == other[y] and x < y end)
+            for place = 1, pair.sizes[3 - m] do mass = mass + own[i][order[place]] end
+            -- probabilities in float32, and ties of them where logits have none
+            assert.is_true(math.abs(mass - pair.masses[m]) < 1e-5, mass .. " " .. pair.masses[m])
+          end
+          compared = compared + 1
+        end
+      end
+    end
+    assert.is_true(compared > 60)
+    raises(function() core.metrics.nuclei(a, b, {}, { 1 }) end, "1 to 1000 numbers")
+    raises(function() core.metrics.nuclei(a, b, { 0.9, 1.5 }, { 1 }) end, "top_p 1.5")
+    raises(function() core.metrics.nuclei(a, b, { 0.9 }, { "hot" }) end, "list of numbers")
+  end)
+
   it("one position at a time, by the contract", function()
     local list = { metrics.agreement(), metrics.kl(), metrics.delta_p() }
     for _, k in ipairs(golden.ks) do list[#list + 1] = metrics.jaccard(k) end
