@@ -7,6 +7,7 @@
 
 local cli = require "qlua.cli"
 local experiment = require "qlua.experiment"
+local llama_bench = require "qlua.llama_bench"
 local results = require "qlua.results"
 local sweep = require "qlua.sweep"
 
@@ -22,6 +23,7 @@ local opts = cli.parse {
     { "max_length", kind = "integer", default = 512, min = 1,
       help = "questions with more tokens are left out" },
     { "logits", default = "all", choices = { "all", "last" }, help = "positions whose logits are computed" },
+    { "output_format", choices = llama_bench.formats, help = "files as llama-bench prints its results" },
   },
 }
 local run <close> = experiment.open("batch_sweep.lua", opts)

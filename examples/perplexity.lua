@@ -12,6 +12,7 @@ local experiment = require "qlua.experiment"
 local failure = require "qlua.failure"
 local perplexity = require "qlua.perplexity"
 local results = require "qlua.results"
+local sys = require "qlua.sys"
 
 local opts = cli.parse {
   name = "perplexity.lua",
@@ -62,5 +63,5 @@ if done * #windows[1].targets < 2 then run:finish() end
 perplexity.keep(windows, values, done)
 local summary = perplexity.summary(values)
 
-results.perplexity(run, windows, summary, { sha256 = windows.sha256, set = set })
+results.perplexity(run, windows, summary, { sha256 = sys.sha256(text), set = set })
 run:finish()

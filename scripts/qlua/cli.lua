@@ -60,8 +60,8 @@ local SHARED <const> = {
     help = "longest text in tokens; default is the model's own" },
   output_path = { "output_path", short = "o", metavar = "FOLDER", default = "qlua-results",
     help = "where results are kept: the store that a stopped run goes on from, and result files" },
-  output_format = { "output_format", kind = "strings", metavar = "FORMAT,...",
-    help = "tables as files too: csv; those of a batch sweep also md, json, jsonl or sql" },
+  output_format = { "output_format", kind = "strings", metavar = "FORMAT,...", choices = { "csv" },
+    help = "every table as a file too" },
   fresh = { "fresh", kind = "flag", help = "compute everything again, whatever is in the store" },
   no_output = { "no_output", kind = "flag", help = "write nothing, and reuse nothing" },
   log_samples = { "log_samples", short = "s", kind = "flag", help = "write one line per question as well" },
@@ -247,6 +247,16 @@ local function split(text)
   return parts
 end
 
+--- One of an option's choices; a text that is none is nil, and what is wrong with it.
+local function chosen(option, text)
+  for _, choice in ipairs(option.choices) do
+    if text == choice then return text end
+  end
+  local near = cli.nearest(text, option.choices)
+  return nil, ("must be one of %s, not '%s'%s"):format(table.concat(option.choices, ", "), text,
+    near and (", did you mean %s?"):format(near) or "")
+end
+
 local function convert_one(option, text)
   if option.kind == "integer" or option.kind == "number" then return convert_number(option, text) end
   if option.kind == "integers" or option.kind == "strings" then
@@ -254,20 +264,14 @@ local function convert_one(option, text)
     for i, part in ipairs(split(text)) do
       local value, why = part, nil
       if option.kind == "integers" then value, why = convert_number(option, part) end
-      if not value then return nil, why end
       if value == "" then return nil, ("has an empty part in '%s'"):format(text) end
+      if value and option.choices then value, why = chosen(option, value) end
+      if not value then return nil, why end
       values[i] = value
     end
     return values
   end
-  if option.choices then
-    for _, choice in ipairs(option.choices) do
-      if text == choice then return text end
-    end
-    local near = cli.nearest(text, option.choices)
-    return nil, ("must be one of %s, not '%s'%s"):format(table.concat(option.choices, ", "), text,
-      near and (", did you mean %s?"):format(near) or "")
-  end
+  if option.choices then return chosen(option, text) end
   if text == "" then return nil, "must not be empty" end
   return text
 end

@@ -22,8 +22,6 @@ local sheets = require "qlua.sheets"
 
 local export = {}
 
-export.writable = files.writable
-
 ---@class qlua.run_document
 ---@field format 1
 ---@field run integer?          its number in the store

@@ -4,8 +4,6 @@
 local _ENV <const> = require "qlua.strict"
 
 local document = require "qlua.document"
-local export = require "qlua.export"
-local json = require "qlua.json"
 local perplexity = require "qlua.perplexity"
 local tables = require "qlua.table"
 
@@ -42,56 +40,6 @@ end
 
 local function say(...) io.stdout:write(...) end
 
---- Hands a section to the run; a run that keeps no document exports it at once, samples from `rows` by set.
-local function record(run, section, rows)
-  if run.record then return run:record(section) end
-  if not run.opts.output_path then return end
-  local doc = { format = 1, run = 0, name = run.name, started = run.date, options = run.opts,
-    labels = run.labels, facts = run:facts(), sections = { section } }
-  local store = { path = function() return "memory" end }
-  function store.run_rows(_, _, set)
-    local list = {}
-    for i, row in ipairs(rows[set]) do list[i] = { tostring(i), json.encode(row) } end
-    return list
-  end
-  say "\n"
-  for _, path in ipairs(run:must(export.write(doc, store, run.opts.output_path, run.opts))) do
-    say("wrote ", path, "\n")
-  end
-end
-
-local function mmlu_rows(outcomes)
-  local sets = {}
-  for i, o in ipairs(outcomes) do
-    o.set, sets["live " .. i] = "live " .. i, {}
-    for k, r in ipairs(o.evaluations[1].results) do
-      local p, models = r.prepared, {}
-      for m = 1, 2 do
-        local scored = o.evaluations[m].results[k]
-        models[m] = { scores = scored.scores, greedy = scored.greedy, text = scored.text,
-          answer = scored.answer, correct = scored.correct, words = scored.words, stop = scored.stop,
-          kernels = scored.kernels }
-      end
-      sets[o.set][k] = { index = p.index, prompt = p.prompt, models = models,
-        doc = { question = p.item.question, choices = p.item.choices, answer = p.item.answer } }
-    end
-  end
-  return sets
-end
-
-local function metrics_rows(r)
-  local rows = {}
-  for i, row in ipairs(r.rows) do
-    local values = {}
-    for _, metric in ipairs(r.pair) do
-      if metric.values and #metric.values == #r.rows then values[metric.name] = metric.values[i] end
-    end
-    rows[i] = { index = row.item.index, question = row.item.question, values = values }
-  end
-  r.set = "live"
-  return { live = rows }
-end
-
 local function show(run, t) say(t:text { bold = tables.bold_allowed(run.stdout_is_terminal) }) end
 
 local function share_text(share)
@@ -118,7 +66,6 @@ end
 ---@param r { task: string, questions: integer, too_long: integer, pair: table[], control: table[], rows:
 ---  table[], set: string? }
 function results.metrics(run, r)
-  local rows = not run.record and metrics_rows(r)
   local section = document.metrics(run, r)
   say(run:header(), ("task      %s: %s\n\n"):format(section.task, accounted(section.questions, section.scored,
     section.too_long, section.context, section.data.all)))
@@ -139,7 +86,7 @@ function results.metrics(run, r)
   say(("\n%s v %s%s\n"):format(run.labels[1], run.labels[2],
     controlled and "; full v full is the same model in another batch size: what it shows is noise" or ""))
   noise_lines(section.tests)
-  record(run, section, rows)
+  run:record(section)
 end
 
 local function whole(value) return value and ("%.0f"):format(value) or "-" end
@@ -183,8 +130,8 @@ local function paired_lines(o)
       bounded(speed.value, speed.low, speed.high)))
   end
   if o.control then
-    say(("  %s v %s, the same model again: %s, what is noise\n"):format(reference.label, reference.label,
-      plural(o.control.flips.right_wrong + o.control.flips.wrong_right, "flip")))
+    say(("  noise: %s between %s and itself in another batch size\n"):format(
+      plural(o.control.flips.right_wrong + o.control.flips.wrong_right, "flip"), reference.label))
   end
   if o.output_type == "generate_until" then
     if reference.cut + test.cut > 0 then
@@ -206,7 +153,6 @@ end
 ---@param run qlua.experiment
 ---@param outcomes table[]  what document.mmlu takes
 function results.mmlu(run, outcomes)
-  local rows = not run.record and mmlu_rows(outcomes)
   local section = document.mmlu(run, outcomes)
   say(run:header())
   for _, o in ipairs(section.outcomes) do
@@ -229,7 +175,7 @@ function results.mmlu(run, outcomes)
       "both models are whole in memory and the clock stops after the device,\n",
       "so its speeds and memory are not repeated\n")
   end
-  record(run, section, rows)
+  run:record(section)
 end
 
 --- Latency and the four memory figures by batch size.
@@ -271,7 +217,7 @@ function results.sweep(run, points, r)
   for _, p in ipairs(section.points) do
     if p.oom then say(("OOM at batch %d, %s: %s\n"):format(p.batch, p.label, p.oom)) end
   end
-  record(run, section)
+  run:record(section)
 end
 
 --- Perplexity of a text under both models and how far their predictions lie apart.
@@ -285,7 +231,7 @@ function results.perplexity(run, windows, summary, r)
     section.protocol.tokens_in_text, section.summary.n),
     ("protocol  %s\n\n"):format(section.protocol.description))
   show(run, perplexity.table(section.summary, run.labels))
-  record(run, section)
+  run:record(section)
 end
 
 --- A table of several quantizations against the full model: one row each.
@@ -305,7 +251,11 @@ function results.variants(run, rows, note)
     section.scored, section.too_long, section.context, section.data.all)))
   show(run, t)
   say("\n", section.note, "\n")
-  record(run, section)
+  run:record(section)
 end
 
 return results
+
+-- other
+
+-- other

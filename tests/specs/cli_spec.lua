@@ -9,6 +9,7 @@ local SPEC <const> = {
     { "protocol", choices = { "sound", "post" }, default = "sound", help = "which" },
     { "k", kind = "integers", default = { 1, 3 }, min = 1, max = 1000, help = "sizes" },
     { "share", kind = "number", min = 0, max = 1, help = "a share" },
+    { "format", kind = "strings", choices = { "csv", "json" }, help = "of files" },
   },
 }
 
@@ -39,6 +40,10 @@ describe("cli.try", function()
     assert.equal("integer", math.type(opts.batch_size))
   end)
 
+  it("takes several of an option's choices", function()
+    assert.same({ "json", "csv" }, assert(try "--format json,csv").format)
+  end)
+
   it("leaves - in values alone", function()
     assert.equal("my-model", try("--model my-model").model)
     assert.equal("a-b_c", try("--model=a-b_c").model)
@@ -56,6 +61,8 @@ describe("cli.try", function()
   end)
 
   local mistakes = {
+    ["--format csv,jsn"] = "x.lua: --format must be one of csv, json, not 'jsn', did you mean json?\n",
+    ["--format csv,"] = "x.lua: --format has an empty part in 'csv,'\n",
     ["--limt 3"] = "x.lua: unknown flag --limt, did you mean --limit?\n",
     ["--log-sample"] = "x.lua: unknown flag --log_sample, did you mean --log_samples?\n",
     ["--frobnicate"] = "x.lua: unknown flag --frobnicate (see --help)\n",
