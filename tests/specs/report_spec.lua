@@ -358,6 +358,26 @@ describe("the report", function()
     assert.same({ 0.81, 12 }, cells(html, "nucleus-1-1/1"))
   end)
 
+  it("ranks what harms most where there are many variants", function()
+    local section = documents.variants()
+    for i = 7, 40 do
+      local row = {}
+      for key, value in pairs(section.rows[3]) do row[key] = value end
+      row.label, row.kl = "only layer " .. i, { value = i / 1000, low = i / 1100, high = i / 900 }
+      section.rows[i] = row
+    end
+    local html = report.html { documents.document { section } }
+    assert.truthy(html:find('id="variants-ranking"', 1, true))
+    assert.is_nil(html:find('id="variants-kl"', 1, true))
+    local picture = html:find('id="variants-ranking"', 1, true)
+    assert.is_true(html:find(">fp4</text>", picture,
+      true) < html:find(">only layer 40</text>", picture, true))
+    assert.truthy(html:find("The 24 with most of 40", 1, true))
+    section.kind = "sensitivity"
+    assert.truthy(report.html({ documents.document { section } }):find(
+      '<figure class="chart" id="sensitivity"', 1, true))
+  end)
+
   it("draws extreme sections: one batch, nothing that fits, no question, no value", function()
     local sweep = documents.sweep()
     sweep.points = { sweep.points[1] }

@@ -48,11 +48,6 @@ local function drawn(outcomes, pools)
   return list
 end
 
-local function shortened(text, longest)
-  if (utf8.len(text) or #text) <= longest then return text end
-  return markup.clean(text):sub(1, (utf8.offset(markup.clean(text), longest) or longest + 1) - 1) .. "…"
-end
-
 local LEFT <const>, RIGHT <const> = 12, svg.W - 62
 
 local function picture(rows, labels, id, lead)
@@ -67,7 +62,7 @@ local function picture(rows, labels, id, lead)
     svg.text(x.at(25), top - 6, "guessing", { ["text-anchor"] = "middle", class = "a" }) }
   for i, row in ipairs(rows) do
     local y = top + (i - 1) * row_height
-    body[#body + 1] = svg.text(LEFT, y + 17, shortened(row.name, 56), { class = "k halo" })
+    body[#body + 1] = svg.text(LEFT, y + 17, svg.shortened(row.name, 56), { class = "k halo" })
     for m, model in ipairs { row.full, row.quantized } do
       local line = y + 16 + m * 14
       body[#body + 1] = svg.whisker(m, x.at(100 * model.wilson[1]), line, x.at(100 * model.wilson[2]), line)

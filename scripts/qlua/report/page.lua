@@ -9,6 +9,7 @@ local markup = require "qlua.report.markup"
 local others = require "qlua.report.others"
 local style = require "qlua.report.style"
 local svg = require "qlua.report.svg"
+local variants = require "qlua.report.variants"
 local verdict = require "qlua.report.verdict"
 
 local h <const> = markup.tags
@@ -97,9 +98,10 @@ end
 local DRAW <const> = {
   sweep = function(section, labels, id) return { charts.latency(section, labels, id .. "-latency") or false,
     charts.memory(section, labels, id .. "-memory") or false } end,
-  metrics = charts.metrics, perplexity = others.perplexity, variants = others.variants,
+  metrics = charts.metrics, perplexity = others.perplexity, variants = variants.charts,
+  sensitivity = variants.ranking,
 }
-local ORDER <const> = { "sweep", "metrics", "mmlu", "variants", "perplexity" }
+local ORDER <const> = { "sweep", "metrics", "mmlu", "variants", "sensitivity", "perplexity" }
 
 local function charts_section(docs, v, labels)
   local list, known = {}, {}

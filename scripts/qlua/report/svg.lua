@@ -166,6 +166,15 @@ end
 ---@return number
 function svg.width(text) return 6.4 * (utf8.len(text) or #text) end
 
+--- At most `longest` characters of a text.
+---@param text string
+---@param longest integer
+function svg.shortened(text, longest)
+  text = markup.clean(text)
+  if utf8.len(text) <= longest then return text end
+  return text:sub(1, utf8.offset(text, longest) - 1) .. "…"
+end
+
 --- The two models with their shapes, in a row from x on. Returns markup and the x behind it.
 ---@param labels string[]
 ---@param x number
