@@ -20,7 +20,7 @@ local cli = {}
 
 ---@class qlua.option
 ---@field [1] string        name, with underscores; the key in the result
----@field kind? "string"|"integer"|"number"|"integers"|"strings"|"flag"
+---@field kind? "string"|"integer"|"number"|"integers"|"numbers"|"strings"|"flag"
 ---@field help? string
 ---@field default? any      already of the kind; shown by --help
 ---@field min? number       lowest value
@@ -73,7 +73,8 @@ local SHARED <const> = {
 }
 
 local KINDS <const> = {
-  string = "VALUE", integer = "N", number = "X", integers = "N,...", strings = "VALUE,...", flag = "",
+  string = "VALUE", integer = "N", number = "X", integers = "N,...", numbers = "X,...",
+  strings = "VALUE,...", flag = "",
 }
 
 local COMPLETION_HELP <const> = "print completion code for a shell and exit: bash, zsh, fish"
@@ -259,11 +260,11 @@ end
 
 local function convert_one(option, text)
   if option.kind == "integer" or option.kind == "number" then return convert_number(option, text) end
-  if option.kind == "integers" or option.kind == "strings" then
+  if option.kind == "integers" or option.kind == "numbers" or option.kind == "strings" then
     local values = {}
     for i, part in ipairs(split(text)) do
       local value, why = part, nil
-      if option.kind == "integers" then value, why = convert_number(option, part) end
+      if option.kind ~= "strings" then value, why = convert_number(option, part) end
       if value == "" then return nil, ("has an empty part in '%s'"):format(text) end
       if value and option.choices then value, why = chosen(option, value) end
       if not value then return nil, why end

@@ -9,6 +9,7 @@ local SPEC <const> = {
     { "protocol", choices = { "sound", "post" }, default = "sound", help = "which" },
     { "k", kind = "integers", default = { 1, 3 }, min = 1, max = 1000, help = "sizes" },
     { "share", kind = "number", min = 0, max = 1, help = "a share" },
+    { "shares", kind = "numbers", above = 0, max = 1, help = "shares" },
     { "format", kind = "strings", choices = { "csv", "json" }, help = "of files" },
   },
 }
@@ -44,6 +45,10 @@ describe("cli.try", function()
     assert.same({ "json", "csv" }, assert(try "--format json,csv").format)
   end)
 
+  it("takes several numbers", function()
+    assert.same({ 0.25, 1 }, assert(try "--shares 0.25,1").shares)
+  end)
+
   it("leaves - in values alone", function()
     assert.equal("my-model", try("--model my-model").model)
     assert.equal("a-b_c", try("--model=a-b_c").model)
@@ -75,6 +80,8 @@ describe("cli.try", function()
     ["--limit 0"] = "x.lua: --limit must be a number above 0, not '0'\n",
     ["--limit nan"] = "x.lua: --limit must be a number above 0, not 'nan'\n",
     ["--share 1.5"] = "x.lua: --share must be a number from 0 to 1, not '1.5'\n",
+    ["--shares 0.5,0"] = "x.lua: --shares must be a number above 0 of at most 1, not '0'\n",
+    ["--shares 0.5,x"] = "x.lua: --shares must be a number above 0 of at most 1, not 'x'\n",
     ["--k 1,2000"] = "x.lua: --k must be a whole number from 1 to 1000, not '2000'\n",
     ["--k 1,,2"] = "x.lua: --k must be a whole number from 1 to 1000, not ''\n",
     ["--protocol pots"] = "x.lua: --protocol must be one of sound, post, not 'pots', did you mean post?\n",
