@@ -57,12 +57,14 @@ static ql_status identify(ql_store *store, bool *empty, ql_err *err)
     if (*empty) return QL_OK;
     if (application != APPLICATION) {
         ql_err_set(err, QL_ERR_FORMAT, "%s: is another program's database, not qlua's", store->path);
-        return ql_err_hint(err, "it was left as it is: give another --output_path");
+        ql_err_hint(err, "it was left as it is: give another --output_path");
+        return QL_ERR_FORMAT;
     }
     if (version > VERSION) {
         ql_err_set(err, QL_ERR_UNSUPPORTED, "%s: was written by a newer qlua: schema %lld, this one knows %d",
                    store->path, (long long)version, VERSION);
-        return ql_err_hint(err, "use that qlua, or give another --output_path");
+        ql_err_hint(err, "use that qlua, or give another --output_path");
+        return QL_ERR_UNSUPPORTED;
     }
     return version == VERSION ? QL_OK : ql_store_damaged(store, "its schema has no number", err);
 }
@@ -131,7 +133,8 @@ static ql_status check_path(ql_store *store, ql_err *err)
         if (S_ISREG(info.st_mode)) return QL_OK;
         ql_err_set(err, QL_ERR_IO, "%s: is %s, not a file", path,
                    S_ISDIR(info.st_mode) ? "a folder" : "a device or pipe");
-        return ql_err_hint(err, "give the name of a file");
+        ql_err_hint(err, "give the name of a file");
+        return QL_ERR_IO;
     }
     if (errno != ENOENT && errno != ENOTDIR) return ql_store_failed_system(store, "open", errno, err);
     if (store->readonly) return ql_err_set(err, QL_ERR_NOT_FOUND, "%s: there is no such file", path);
@@ -185,7 +188,8 @@ static ql_status look_beside(ql_store *store, ql_err *err)
     bool has_log = file_size(log) > 0; /* first: a new store's file is older than its log */
     if (has_log && file_size(path) == 0) {
         ql_err_set(err, QL_ERR_FORMAT, "%s: is empty, but its log %s is not", store->path, log);
-        return ql_err_hint(err, "something has emptied the file: bring it back, or move the log away");
+        ql_err_hint(err, "something has emptied the file: bring it back, or move the log away");
+        return QL_ERR_FORMAT;
     }
     bool whole = !has_log && file_size(sqlite3_filename_journal(path)) <= 0;
     return store->readonly && whole && ql_store_is_fixed(path) ? connect_unchanging(store, err) : QL_OK;

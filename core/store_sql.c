@@ -64,8 +64,11 @@ bool ql_store_is_fixed(const char *path)
 ql_status ql_store_read_only(const ql_store *store, ql_err *err)
 {
     ql_err_set(err, QL_ERR_IO, "%s: the file or its folder is read-only", store->path);
-    if (store->readonly) return ql_err_hint(err, "copy it and the -wal file beside it to another folder");
-    return ql_err_hint(err, "change its permissions, or give another --output_path");
+    if (store->readonly)
+        ql_err_hint(err, "copy it and the -wal file beside it to another folder");
+    else
+        ql_err_hint(err, "change its permissions, or give another --output_path");
+    return QL_ERR_IO;
 }
 
 ql_status ql_store_failed_system(const ql_store *store, const char *verb, int error, ql_err *err)
@@ -73,11 +76,13 @@ ql_status ql_store_failed_system(const ql_store *store, const char *verb, int er
     if (error == EROFS || error == EACCES || error == EPERM) return ql_store_read_only(store, err);
     if (error == ENOSPC || error == EDQUOT) {
         ql_err_set(err, QL_ERR_IO, "%s: the disk is full", store->path);
-        return ql_err_hint(err, "free disk space and run again: what was finished before is kept");
+        ql_err_hint(err, "free disk space and run again: what was finished before is kept");
+        return QL_ERR_IO;
     }
     ql_err_set(err, QL_ERR_IO, "%s: cannot %s%s%s", store->path, verb, error ? ": " : "",
                error ? strerror(error) : "");
-    return ql_err_hint(err, "check the disk, or give another --output_path");
+    ql_err_hint(err, "check the disk, or give another --output_path");
+    return QL_ERR_IO;
 }
 
 /* What is in the log stays there: written into a damaged file it could spoil more. */
@@ -85,9 +90,9 @@ ql_status ql_store_damaged(ql_store *store, const char *why, ql_err *err)
 {
     sqlite3_db_config(store->db, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, NULL);
     ql_err_set(err, QL_ERR_FORMAT, "%s: is damaged: %s", store->path, why);
-    return ql_err_hint(
-        err, "keep a copy of it and of the -wal file beside it, try `sqlite3 FILE .recover`, or give "
-             "another --output_path");
+    ql_err_hint(err, "keep a copy of it and of the -wal file beside it, try `sqlite3 FILE .recover`, or give "
+                     "another --output_path");
+    return QL_ERR_FORMAT;
 }
 
 static ql_status failed_code(ql_store *store, int code, const char *why, int error, ql_err *err)
@@ -103,7 +108,8 @@ static ql_status failed_code(ql_store *store, int code, const char *why, int err
         if (ql_interrupted()) return ql_err_set(err, QL_ERR_INTERRUPTED, "%s: interrupted", store->path);
         ql_err_set(err, QL_ERR_IO, "%s: another process holds it, after %g seconds still", store->path,
                    store->wait);
-        return ql_err_hint(err, "wait until that process is done, or give another --output_path");
+        ql_err_hint(err, "wait until that process is done, or give another --output_path");
+        return QL_ERR_IO;
     case SQLITE_FULL:
         return ql_store_failed_system(store, "write", ENOSPC, err);
     case SQLITE_READONLY:
@@ -114,7 +120,8 @@ static ql_status failed_code(ql_store *store, int code, const char *why, int err
         return ql_store_failed_system(store, "open it or the files beside it", error, err);
     case SQLITE_NOTADB:
         ql_err_set(err, QL_ERR_FORMAT, "%s: is not a results store, nor any SQLite database", store->path);
-        return ql_err_hint(err, "it was left as it is: move it away, or give another --output_path");
+        ql_err_hint(err, "it was left as it is: move it away, or give another --output_path");
+        return QL_ERR_FORMAT;
     case SQLITE_CORRUPT:
     case SQLITE_ERROR:
     case SQLITE_SCHEMA:

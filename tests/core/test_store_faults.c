@@ -268,10 +268,101 @@ static void check_memory(void **state)
     }
 }
 
+/* --- reading: either everything is there, or there is an error -------------------------------------------
+ */
+
+enum { READ_ROWS = 120 };
+
+static ql_status count_all(ql_store *store, int *count)
+{
+    ql_store_run run;
+    ql_store_set set;
+    ql_store_row row;
+    char hex[QL_SHA256_HEX];
+    *count = 0;
+    QL_TRY(ql_store_find_runs(store, NULL));
+    do {
+        QL_TRY(ql_store_next_run(store, &run, NULL));
+        *count += run.id && is(run.name, a_run.name) && is(run.status, "running");
+    } while (run.id);
+    QL_TRY(ql_store_find_run(store, 1, &run, NULL));
+    *count += is(run.command, a_run.command);
+    ql_status status = ql_store_find_run(store, 7, &run, NULL);
+    if (status != QL_ERR_NOT_FOUND) return status;
+    QL_TRY(ql_store_find_sets(store, "mmlu", NULL));
+    do {
+        QL_TRY(ql_store_next_set(store, &set, NULL));
+        *count += set.key && is(set.key, KEY_A) && is(set.inputs, "{}");
+    } while (set.key);
+    QL_TRY(ql_store_find_rows(store, KEY_A, NULL));
+    do {
+        QL_TRY(ql_store_next_row(store, &row, NULL));
+        *count += row.id && strlen(row.value) == 300;
+    } while (row.id);
+    QL_TRY(ql_store_find_run_rows(store, 1, KEY_A, NULL));
+    do {
+        QL_TRY(ql_store_next_row(store, &row, NULL));
+        *count += row.id && strlen(row.value) == 300;
+    } while (row.id);
+    return ql_store_sha256(store, QLUA_SOURCE_DIR "/LICENSE", hex, NULL);
+}
+
+static void read_all(const char *path, ql_status expected)
+{
+    ql_store *store;
+    int count = -1;
+    ql_status status = ql_store_open(path, true, 0, &store, NULL);
+    if (status == QL_OK) status = count_all(store, &count);
+    ql_store_close(store);
+    if (status == QL_OK)
+        assert_int_equal(count, 1 + 1 + 1 + 2 * READ_ROWS);
+    else
+        assert_int_equal(status, expected);
+}
+
+static void check_reading(void **state)
+{
+    (void)state;
+    const char *path = temp_path("reading.sqlite");
+    ql_store *store = open_store(path);
+    const char *ids[READ_ROWS];
+    char texts[READ_ROWS][8], value[301];
+    int64_t run;
+    long made, n = 0;
+    assert_int_equal(ql_store_begin_run(store, &a_run, &run, NULL), QL_OK);
+    assert_int_equal(ql_store_set_add(store, KEY_A, "mmlu", "{}", NULL), QL_OK);
+    for (int i = 0; i < READ_ROWS; i++) {
+        snprintf(texts[i], sizeof texts[i], "%d", i);
+        snprintf(value, sizeof value, "%0300d", i);
+        ids[i] = texts[i];
+        assert_int_equal(ql_store_put(store, run, KEY_A, &(ql_store_row){ids[i], value}, 1, NULL), QL_OK);
+    }
+    assert_int_equal(ql_store_use(store, run, KEY_A, ids, READ_ROWS, NULL), QL_OK);
+    ql_store_close(store);
+    do {
+        vfs_fail_after(n, FAULT_IO);
+        read_all(path, QL_ERR_IO);
+        made = vfs_state.made;
+        vfs_fail_after(-1, FAULT_IO);
+        assert_int_equal(vfs_state.open_files, 0);
+    } while (n++ < made);
+    for (int persistent = 0; persistent < 2; persistent++) {
+        n = 0;
+        do {
+            ql_mem_fail_after(n, persistent);
+            read_all(path, QL_ERR_MEMORY);
+            made = ql_mem_count();
+            ql_mem_fail_after(-1, false);
+            assert_int_equal(vfs_state.open_files, 0);
+        } while (n++ < made);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(check_log), cmocka_unit_test(check_journal),
-                                       cmocka_unit_test(check_power), cmocka_unit_test(check_memory)};
+                                       cmocka_unit_test(check_power), cmocka_unit_test(check_memory),
+                                       cmocka_unit_test(check_reading)};
     sqlite3_mem_methods memory = {memory_take,  ql_free,     memory_change, memory_size,
                                   memory_round, memory_init, memory_end,    NULL};
     if (sqlite3_config(SQLITE_CONFIG_MALLOC, &memory) != SQLITE_OK) return 1;
