@@ -18,7 +18,7 @@ enum {
     STRIP_BYTES = 256 * 1024,     /* of weights in a strip of few activation rows: the next one is fetched */
     PIECE = V16_TILE_PIECE,       /* inputs a piece: of R + C rows they fit the first-level cache */
     FEW = 32,                     /* activation rows worth no panel */
-    BATCH = 512,                  /* most activation rows that share a decoded strip */
+    BATCH = 256,                  /* most activation rows that share a decoded strip: their sums stay near */
     ACC_STRIDE = STRIP * 16 + 16, /* floats from one activation row's accumulators to the next's */
 };
 
@@ -293,6 +293,40 @@ static void matmul_few(const qk_matrix *w, const float *bias, const float *packe
     }
 }
 
+/* Inputs [k0, k1) of weight rows [n, n + rows) to a panel; the last group repeats the last row. */
+static void decode_panel(const qk_matrix *w, bool finite, int64_t n, int rows, int64_t k0, int64_t k1,
+                         float *row, float *panel)
+{
+    for (int r = 0; r < rows || r % R; r++) {
+        if (r < rows) decode_row(w, finite, n + r, k0, k1, row);
+        spread_row(row, k1 - k0, R, panel + r / R * R * padded(k1 - k0) + r % R * VT_LANES);
+    }
+}
+
+/* One tile's activations t->x over a panel, sums from `acc` on. Meanwhile come the sums of the next group,
+ * and the activations of the next tile, which follow: both have left the nearest caches since their last use.
+ */
+static void run_panel(work *t, int cols, const float *panel, int rows, float *acc)
+{
+    enum { LINES = PIECE * C / 16 / (STRIP / R * 16 / VT_LANES) };
+    const char *next = (const char *)(t->x + cols * t->steps * 16);
+    for (t->lane = 0; t->lane < 16; t->lane = t->lane_end) {
+        t->lane_end = t->lane + VT_LANES;
+        for (int r = 0; r < rows; r += R, next += 64 * LINES) {
+            t->row[0] = (const char *)(panel + r * t->steps * 16);
+            t->acc = acc + r * 16;
+            for (int c = 0; c < cols; c++) {
+                QK_UNROLL for (int i = R; i < 2 * R; i++)
+                {
+                    __builtin_prefetch(t->acc + c * ACC_STRIDE + i * 16, 1, 3);
+                }
+            }
+            QK_UNROLL for (int l = 0; l < LINES; l++) __builtin_prefetch(next + 64 * l, 0, 2);
+            tiles_panel[cols - 1](t);
+        }
+    }
+}
+
 /* Tiles [part0, part1) of m activation rows over a strip. */
 static void matmul_strip(const qk_matrix *w, bool finite, const float *bias, const float *packed, int64_t m,
                          int64_t part0, int64_t part1, bool add, float *y, int64_t n, int rows,
@@ -301,25 +335,14 @@ static void matmul_strip(const qk_matrix *w, bool finite, const float *bias, con
     const int64_t k = w->k, t0 = part_start(m, part0);
     float *panel = scratch + rooms(part_start(m, part1) - t0).acc, *row = panel + STRIP * PIECE;
     for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
-        const int64_t k1 = least(k, k0 + PIECE), stride = padded(k1 - k0);
-        for (int r = 0; r < rows || r % R; r++) { /* the last group repeats the last row */
-            if (r < rows) decode_row(w, finite, n + r, k0, k1, row);
-            spread_row(row, k1 - k0, R, panel + r / R * R * stride + r % R * VT_LANES);
-        }
-        work t = {.steps = stride / 16, .first = k0 == 0};
+        const int64_t k1 = least(k, k0 + PIECE);
+        work t = {.steps = padded(k1 - k0) / 16, .first = k0 == 0};
+        decode_panel(w, finite, n, rows, k0, k1, row, panel);
         for (int64_t p = part0; p < part1; p++) {
             const int64_t c0 = part_start(m, p), c1 = part_start(m, p + 1);
             float *acc = scratch + (c0 - t0) * ACC_STRIDE;
-            t.x = packed + m * k0 + c0 * stride;
-            for (t.lane = 0; t.lane < 16; t.lane = t.lane_end) {
-                t.lane_end = t.lane + VT_LANES;
-                for (int r = 0; r < rows; r += R) {
-                    t.row[0] = (const char *)(panel + r * stride);
-                    t.acc = acc + r * 16;
-                    tiles_panel[c1 - c0 - 1](&t);
-                }
-            }
-            /* the sums are in the first-level cache */
+            t.x = packed + m * k0 + c0 * t.steps * 16;
+            run_panel(&t, (int)(c1 - c0), panel, rows, acc);
             if (k1 == k) finish_strip(w, bias, c0, c1, add, y, n, rows, acc);
         }
     }
