@@ -17,16 +17,20 @@ local data = require "qlua.data"
 local evaluate = require "qlua.evaluate"
 local export = require "qlua.export"
 local failure = require "qlua.failure"
+local fairness = require "qlua.fairness"
 local files = require "qlua.files"
 local forecast = require "qlua.forecast"
 local interrupt = require "qlua.interrupt"
 local json = require "qlua.json"
 local key = require "qlua.key"
 local metrics = require "qlua.metrics"
+local plot = require "qlua.plot"
 local policy = require "qlua.policy"
 local progress = require "qlua.progress"
 local qlua = require "qlua"
-local runs = require "qlua.run"
+local report = require "qlua.report"
+local runs = require "qlua.runs"
+local this_run = require "qlua.run"
 local sys = require "qlua.sys"
 local table_text = require "qlua.table"
 local tasks = require "qlua.tasks"
@@ -90,6 +94,7 @@ end
 ---@field tokenizer qlua.tokenizer
 ---@field sha256 string?          of the full model's checkpoint, once something has asked for it
 ---@field kept qlua.run          its rows and its document in the results store
+---@field fairness table         records what beside the models may make figures differ
 ---@field stopped string?        why the run ended early; what is finished can still be shown
 ---@field stdout_is_terminal boolean
 local run = {}
@@ -216,7 +221,7 @@ function experiment.open(name, opts, needs)
   needs = needs or {}
   local self = setmetatable({ name = name, opts = opts, stdout_is_terminal = sys.isatty(1) }, run)
   if opts.no_output or opts.dry_run then opts.output_path = nil end
-  self.kept = runs.new { name = name, folder = opts.output_path, fresh = opts.fresh,
+  self.kept = this_run.new { name = name, folder = opts.output_path, fresh = opts.fresh,
     command = command_line(), script = _G.arg and _G.arg[0] }
   if opts.log_samples and not (opts.output_path or opts.dry_run) then
     self:must(nil, "--log_samples writes files, --no_output forbids it")
@@ -252,6 +257,7 @@ function experiment.open(name, opts, needs)
     self.labels = { "full", self.test:info().quant.label }
     self.context = math.min(self.context, self.test:info().max_context)
   end
+  if not opts.dry_run then self.fairness = fairness.begin(self) end
   return self
 end
 
@@ -471,31 +477,45 @@ function run:record(section)
   self.kept.sections[#self.kept.sections + 1] = section
 end
 
+--- Whether what was measured is fair, as far as can be said: qlua.fairness.
+function run:judged()
+  return self.fairness:finish(self.kept.sections, { reused = self.kept.reused, ran = self.kept.ran })
+end
+
 --- The run's document so far.
 ---@param status? string
 ---@return table
 function run:document(status)
   local kept = self.kept
-  return { format = 1, run = kept.id, name = self.name, started = kept.started, finished = os.time() + 0.0,
+  return { format = 1, run = kept.id, name = self.name, started = kept.started, finished = kept:now(),
     status = status or self.stopped and (self.failed and "failed" or "interrupted") or "finished",
-    command = kept.command, options = self.opts, script_sha256 = kept.script_sha256, labels = self.labels
-      or { "full" }, facts = self:facts(), rows = { reused = kept.reused, ran = kept.ran },
-    sections = kept.sections }
+    command = kept.command, options = self.opts, script_sha256 = kept.script_sha256,
+    labels = self.labels or { "full" }, facts = self:facts(), fairness = self:judged(),
+    rows = { reused = kept.reused, ran = kept.ran }, sections = kept.sections }
 end
 
---- The end of a script, whose run may have been stopped: writes the result files, and the document into the
---- store.
+--- The end of a script, whose run may have been stopped: shows charts on a terminal and what was not fair,
+--- puts the document into the store, writes the result files and the report.
 function run:finish()
   if self.opts.dry_run then self:foretell() end
-  if self.opts.output_path then
+  local folder, style = self.opts.output_path, plot.style(1)
+  for _, section in ipairs(style and self.kept.sections or {}) do
+    io.stdout:write("\n", plot.section(section, style))
+  end
+  for i, line in ipairs(fairness.lines(self:judged().checks)) do
+    io.stdout:write(i == 1 and "\n" or "", line, "\n")
+  end
+  if folder then
     self:must(self.kept:begin())
     local document = self:document()
     self:must(self.kept:finish(document.status, document))
-    io.stdout:write "\n"
-    for _, path in ipairs(self:must(export.write(document, self.kept.store, self.opts.output_path,
-      self.opts))) do
-      io.stdout:write("wrote ", path, "\n")
+    local store = self.kept.store
+    local paths = self:must(export.write(document, store, folder, self.opts))
+    if #document.sections > 0 then
+      paths[#paths + 1] = self:must(report.write(self:must(runs.newest(store)), store,
+        folder .. "/report.html"))
     end
+    io.stdout:write("\n", "wrote ", table.concat(paths, "\nwrote "), "\n")
   end
   if self.stopped then os.exit(self.failed and 1 or 130, true) end
 end

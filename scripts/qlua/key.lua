@@ -14,8 +14,9 @@ local key = {}
 
 --- Files of the library that show values and make none: a change in them leaves what is computed as it is.
 local SHOWING <const> = { bars = true, cli = true, compare = true, document = true, export = true,
-  fairness = true, files = true, llama_bench = true, lm_eval = true, meta = true, plot = true,
-  progress = true, repl = true, report = true, results = true, runs = true, sheets = true, table = true }
+  fairness = true, files = true, llama_bench = true, lm_eval = true, machine = true, meta = true,
+  plot = true, progress = true, repl = true, report = true, results = true, runs = true,
+  sheets = true, table = true }
 
 --- The digest of a list of files, each by its name and its bytes; nil where the list is empty.
 local function digest(store, paths)

@@ -36,7 +36,8 @@ local function new(options)
   -- the fraction of a second is any: it tells two runs of one second apart
   return setmetatable({ name = options.name, folder = options.folder, fresh = options.fresh,
     command = json.array(options.command), script = options.script, out = options.out or io.stderr,
-    started = os.time() + sys.time() % 1, sections = json.array(), reused = 0, ran = 0 }, run)
+    started = os.time() + sys.time() % 1, begun_at = sys.time(), sections = json.array(),
+    reused = 0, ran = 0 }, run)
 end
 
 --- Opens the store; without `make` only if there is one.
@@ -68,6 +69,10 @@ function run:begin()
   return self.id and true, err
 end
 
+--- Seconds since 1970, on the clock that runs evenly.
+---@return number
+function run:now() return self.started + sys.time() - self.begun_at end
+
 --- Ends it. The document is kept with it.
 ---@param status "finished"|"interrupted"|"failed"
 ---@param document table?
@@ -75,8 +80,8 @@ end
 function run:finish(status, document)
   if not self.id or self.ended then return true end
   self.ended = true
-  return self.store:end_run(self.id, { finished = os.time() + 0.0, status = status,
-    document = document and json.encode(document) })
+  return self.store:end_run(self.id, { status = status,
+    finished = document and document.finished or self:now(), document = document and json.encode(document) })
 end
 
 function run:close()

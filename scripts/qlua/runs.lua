@@ -6,6 +6,7 @@ local _ENV <const> = require "qlua.strict"
 local failure = require "qlua.failure"
 local json = require "qlua.json"
 local lfs = require "lfs"
+local report = require "qlua.report"
 local store_module = require "qlua.store"
 local tables = require "qlua.table"
 
@@ -50,6 +51,33 @@ function runs.open(folder)
       "give the folder of the results as --output_path")
   end
   return store_module.open(path, { readonly = true })
+end
+
+--- The documents that belong on one page: the newest run's, and the newest of every other script that
+--- measured the same models; oldest first. Empty where no run has results.
+---@param store qlua.store
+---@return qlua.run_document[]?, qlua.failure?
+function runs.newest(store)
+  local list, err = store:runs()
+  if not list then return nil, err end
+  local docs, seen = {}, {}
+  for _, entry in ipairs(list) do
+    local run
+    if not seen[entry.name] then
+      run, err = store:run(entry.id)
+      if not run then return nil, err end
+    end
+    local doc = run and run.document and json.decode(run.document)
+    if doc and type(doc.facts) == "table" and doc.labels then
+      docs[#docs + 1] = doc
+      if report.same_pair(docs) then seen[entry.name] = true else docs[#docs] = nil end
+    end
+  end
+  table.sort(docs, function(a, b)
+    if a.started ~= b.started then return a.started < b.started end
+    return a.run < b.run
+  end)
+  return docs
 end
 
 --- When a run began, for people; UTC.

@@ -2,7 +2,6 @@
 
 local cli = require "qlua.cli"
 local failure = require "qlua.failure"
-local json = require "qlua.json"
 local lfs = require "lfs"
 local report = require "qlua.report"
 local runs = require "qlua.runs"
@@ -30,21 +29,12 @@ local function must(value, err)
   return value
 end
 
---- The newest run and the newest of each other script that measured the same pair of models, by number.
+--- Numbers of the runs that `runs.newest` chooses.
 local function newest(folder)
   local store <close> = must(runs.open(folder))
-  local numbers, seen, first = {}, {}, nil
-  for _, entry in ipairs(must(store:runs())) do
-    local document = not seen[entry.name] and must(store:run(entry.id)).document
-    local doc = document and json.decode(document)
-    if doc and type(doc.facts) == "table" and doc.labels and (not first or report.same_pair { first,
-      doc }) then
-      first = first or doc
-      seen[entry.name] = true
-      numbers[#numbers + 1] = tostring(entry.id)
-    end
-  end
-  if not first then
+  local numbers = {}
+  for i, doc in ipairs(must(runs.newest(store))) do numbers[i] = tostring(doc.run) end
+  if #numbers == 0 then
     must(nil, failure("not_found", ("%s: no run has results yet"):format(store:path()),
       "run an experiment: qlua examples/mmlu.lua"))
   end
