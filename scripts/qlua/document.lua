@@ -10,13 +10,14 @@ local _ENV <const> = require "qlua.strict"
 
 local evaluate = require "qlua.evaluate"
 local json = require "qlua.json"
+local metrics = require "qlua.metrics"
 local perplexity = require "qlua.perplexity"
 local stats = require "qlua.stats"
 
 local document = {}
 
 ---@class qlua.section
----@field kind "mmlu"|"metrics"|"sweep"|"perplexity"|"variants"|"nucleus"
+---@field kind "mmlu"|"metrics"|"sweep"|"perplexity"|"variants"|"sensitivity"|"nucleus"
 
 ---@class qlua.section_data      the questions that a section is about
 ---@field path string            of the file
@@ -440,6 +441,83 @@ function document.variants(run, rows, note)
       accuracy = share(row.accuracy.correct, row.accuracy.n) }
   end
   return section
+end
+
+---@class qlua.section_nucleus_row   both models' nuclei at one temperature and top_p
+---@field label string
+---@field temperature number
+---@field top_p number
+---@field overlap qlua.section_metric    Jaccard of the two sets
+---@field control qlua.section_metric    the same of the full model with itself, without interval
+---@field sizes qlua.section_metric[]    tokens in each model's nucleus, without interval
+---@field masses qlua.section_metric[]   of the quantized model's nucleus in the full model's distribution,
+---  and the reverse
+---@field outside { n: integer, count: integer, share: number, wilson: number[] }  questions where the full
+---  model's most likely token is not in the quantized model's nucleus
+---@field adjusted_p number              overlap against control, by question, after Holm over all rows
+---@field established boolean
+
+---@class qlua.section_nucleus: qlua.section
+---@field task string
+---@field data qlua.section_data
+---@field questions integer
+---@field scored integer
+---@field too_long integer
+---@field context integer
+---@field set string?
+---@field rows qlua.section_nucleus_row[]  by temperature, then top_p; none where no question was scored
+
+--- One figure of a setting over all questions; with a seed also its interval.
+local function nucleus_figure(name, values, seed)
+  if not seed then
+    local row = stats.summary(values)
+    row.name, row.value = name, row.mean
+    return metric_rows({ row })[1]
+  end
+  return metric_rows(metrics.summary({ { name = name, values = values } }, seed))[1]
+end
+
+--- The values of one setting: lists of overlap, sizes, masses, 1 where the first choice is inside.
+local function nucleus_columns(values, arm, setting)
+  local columns = { {}, {}, {}, {}, {}, {} }
+  for i, value in ipairs(values) do
+    for c, column in ipairs(columns) do column[i] = value[arm][setting][c] end
+  end
+  return columns
+end
+
+local function nucleus_row(values, setting, temperature, top_p, seed)
+  local pair, control = nucleus_columns(values, "pair", setting), nucleus_columns(values, "control", setting)
+  local n = #values
+  local count = n - math.tointeger(stats.sum(pair[6]))
+  return { label = ("temperature %g, top-p %g"):format(temperature, top_p), temperature = temperature,
+    top_p = top_p, overlap = nucleus_figure("overlap", pair[1], seed),
+    control = nucleus_figure("overlap", control[1]),
+    sizes = json.array { nucleus_figure("size", pair[2]), nucleus_figure("size", pair[3]) },
+    masses = json.array { nucleus_figure("mass", pair[4], seed), nucleus_figure("mass", pair[5], seed) },
+    outside = { n = n, count = count, share = count / n, wilson = json.array { stats.wilson(count, n) } } },
+    { values = pair[1], control = control[1] }
+end
+
+--- How the nuclei of both models differ, for every temperature and top_p.
+---@param run qlua.experiment
+---@param r { task: string, questions: integer, too_long: integer, top_p: number[], temperature: number[],
+---  set: string?, values: { pair: number[][], control: number[][] }[] }  values: of every question, by
+---  temperature and top_p: overlap, sizes, masses, 1 where the first choice is inside
+---@return qlua.section_nucleus
+function document.nucleus(run, r)
+  local rows, overlaps = json.array(), {}
+  for t, temperature in ipairs(#r.values > 0 and r.temperature or {}) do
+    for p, top_p in ipairs(r.top_p) do
+      local i = (t - 1) * #r.top_p + p
+      rows[i], overlaps[i] = nucleus_row(r.values, i, temperature, top_p, run.opts.seed)
+    end
+  end
+  for i, test in ipairs(stats.against_controls(overlaps, { seed = run.opts.seed })) do
+    rows[i].adjusted_p, rows[i].established = test.adjusted_p, test.established
+  end
+  return { kind = "nucleus", task = r.task, data = data_of(run.items), questions = r.questions,
+    scored = #r.values, too_long = r.too_long, context = run.context, set = r.set, rows = rows }
 end
 
 return document

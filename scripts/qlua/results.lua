@@ -254,8 +254,34 @@ function results.variants(run, rows, note)
   run:record(section)
 end
 
+--- How the nuclei of both models differ, by temperature and top_p.
+---@param run qlua.experiment
+---@param r table  what document.nucleus takes
+function results.nucleus(run, r)
+  local section, full, test = document.nucleus(run, r), run.labels[1], run.labels[2]
+  say(run:header(), ("task      %s: %s\n\n"):format(section.task, accounted(section.questions,
+    section.scored, section.too_long, section.context, section.data.all)))
+  local t = tables.new { { "temperature", align = "right" }, { "top-p", align = "right" },
+    { "overlap [95 %]", align = "right" }, { "full v full", align = "right" },
+    { "tokens " .. full, align = "right" }, { "tokens " .. test, align = "right" },
+    { ("mass of %s's"):format(test), align = "right" }, { ("mass of %s's"):format(full), align = "right" },
+    { "top token out", align = "right" } }
+  for i, row in ipairs(section.rows) do
+    if i > 1 and row.temperature ~= section.rows[i - 1].temperature then t:rule() end
+    local function tokens(size) return ("%.1f (%g)"):format(size.mean, size.median) end
+    t:add(("%g"):format(row.temperature), ("%g"):format(row.top_p), bounded(row.overlap.value,
+      row.overlap.low, row.overlap.high) .. (row.established and " *" or "  "),
+      format_of(row.control.value):format(row.control.value), tokens(row.sizes[1]), tokens(row.sizes[2]),
+      bounded(row.masses[1].value, row.masses[1].low, row.masses[1].high),
+      bounded(row.masses[2].value, row.masses[2].low, row.masses[2].high),
+      percent(row.outside.count, row.outside.n))
+  end
+  show(run, t)
+  say(("\noverlap: Jaccard of both nuclei, mean; * differs from full v full, which is noise (sign-flip "
+    .. "tests,\nHolm's adjusted p < 0.05); tokens: mean (median) size of a nucleus; mass of %s's: what its "
+    .. "nucleus\nweighs in the distribution of %s, and of %s's the reverse; top token out: questions where "
+    .. "the most\nlikely token of %s is not in the nucleus of %s\n"):format(test, full, full, full, test))
+  run:record(section)
+end
+
 return results
-
--- other
-
--- other

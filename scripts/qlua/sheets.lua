@@ -139,6 +139,28 @@ function by_kind.variants(section)
   return { sheet("variants", columns, section.rows) }
 end
 
+function by_kind.nucleus(section)
+  local columns = { "temperature", "top_p" }
+  for _, figure in ipairs { "value", "low", "high", "n", "median" } do
+    columns[#columns + 1] = inside("overlap_" .. figure, "overlap", figure)
+  end
+  columns[#columns + 1] = inside("full_v_full", "control", "value")
+  columns[#columns + 1], columns[#columns + 2] = "adjusted_p", "established"
+  for m, name in ipairs { "full", "quantized" } do
+    for _, figure in ipairs { "mean", "median", "p90", "max" } do
+      columns[#columns + 1] = { ("tokens_%s_%s"):format(name, figure), function(r)
+        return r.sizes[m][figure] end }
+    end
+  end
+  for m, name in ipairs { "mass_of_quantized_in_full", "mass_of_full_in_quantized" } do
+    for _, figure in ipairs { "value", "low", "high" } do
+      columns[#columns + 1] = { ("%s_%s"):format(name, figure), function(r) return r.masses[m][figure] end }
+    end
+  end
+  columns[#columns + 1] = inside("top_outside", "outside", "count")
+  return { sheet("nucleus", columns, section.rows) }
+end
+
 --- The tables of a section; none of a kind that has no figures of its own.
 ---@param section qlua.section
 ---@param labels string[]

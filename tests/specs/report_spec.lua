@@ -352,10 +352,10 @@ describe("the report", function()
   end)
 
   it("shows a section of an unknown kind as a table", function()
-    local doc = documents.document { { kind = "nucleus", note = "Sizes", rows = {
+    local doc = documents.document { { kind = "weather", note = "Sizes", rows = {
       { label = "top_p 0.9", overlap = { value = 0.81, low = 0.7, high = 0.9 }, size = 12 } } } }
     local html = report.html { doc }
-    assert.same({ 0.81, 12 }, cells(html, "nucleus-1-1/1"))
+    assert.same({ 0.81, 12 }, cells(html, "weather-1-1/1"))
   end)
 
   it("ranks what harms most where there are many variants", function()

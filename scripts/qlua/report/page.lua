@@ -6,6 +6,7 @@ local accuracy = require "qlua.report.accuracy"
 local cards = require "qlua.report.cards"
 local charts = require "qlua.report.charts"
 local markup = require "qlua.report.markup"
+local nucleus = require "qlua.report.nucleus"
 local others = require "qlua.report.others"
 local style = require "qlua.report.style"
 local svg = require "qlua.report.svg"
@@ -99,9 +100,9 @@ local DRAW <const> = {
   sweep = function(section, labels, id) return { charts.latency(section, labels, id .. "-latency") or false,
     charts.memory(section, labels, id .. "-memory") or false } end,
   metrics = charts.metrics, perplexity = others.perplexity, variants = variants.charts,
-  sensitivity = variants.ranking,
+  sensitivity = variants.ranking, nucleus = nucleus.chart,
 }
-local ORDER <const> = { "sweep", "metrics", "mmlu", "variants", "sensitivity", "perplexity" }
+local ORDER <const> = { "sweep", "metrics", "nucleus", "mmlu", "variants", "sensitivity", "perplexity" }
 
 local function charts_section(docs, v, labels)
   local list, known = {}, {}
