@@ -182,24 +182,24 @@ describe("an experiment", function()
     holds(out, "cuda:0: Imaginary GPU, sm_90, driver 13.0, runtime 13.0, invariant numerics",
       "what this process holds on the device")
     local document = result(folder, "batch_sweep_results")
-    assert.equal("invariant", document.run.numerics)
-    assert.equal("cuda:0", document.run.device.name)
-    for i, point in ipairs(document.points) do
-      assert.equal("cuda:0", point.device)
-      assert.equal("invariant", point.numerics)
+    assert.equal("invariant", document.facts.numerics)
+    assert.equal("cuda:0", document.facts.device.name)
+    assert.equal(4, #document.sections[1].points)
+    for i, point in ipairs(document.sections[1].points) do
       local names = table.concat(point.kernels, " ")
       holds(names, "attention_", i % 2 == 1 and "matmul_bf16_" or "matmul_4bit_")
       assert.equal(i % 2 == 0, names:find("4bit", 1, true) ~= nil)
     end
-    assert.equal(3, #document.run.kernels)
+    assert.equal(3, #document.facts.kernels)
+    holds(out, "unfair, device: 2 other programs shared cuda:0")
     document = select(4, example("", "jaccard.lua --limit 3"))
-    assert.equal("fast", result(document, "jaccard_results").run.numerics)
+    assert.equal("fast", result(document, "jaccard_results").facts.numerics)
   end)
 
   it("shows a batch that does not fit as OOM, with what it needed and what was free, and goes on", function()
     local out, err, code, folder = example("memory=7500000", "batch_sweep.lua --batch_sizes 1,64,2 --runs 2")
     assert.equal(0, code, err)
-    local points = result(folder, "batch_sweep_results").points
+    local points = result(folder, "batch_sweep_results").sections[1].points
     assert.equal(6, #points)
     for i, point in ipairs(points) do
       assert.equal(i == 3 or i == 4, point.oom ~= nil)
@@ -216,34 +216,36 @@ describe("an experiment", function()
     holds(err, "batch_sweep.lua: " .. stopped .. ": what is finished follows\n")
     assert.is_nil(err:find("traceback", 1, true))
     local document = result(folder, "batch_sweep_results")
-    assert.equal(2, #document.points)
-    assert.equal(1, document.points[2].batch)
-    assert.equal(stopped, document.run.stopped)
+    assert.equal(2, #document.sections[1].points)
+    assert.equal(1, document.sections[1].points[2].batch)
+    assert.equal(stopped, document.facts.stopped)
     holds(out, "Imaginary GPU", "wrote ")
 
     out, err, code, folder = example("fault=300", "jaccard.lua --limit 12 --batch_size 4 --k 1")
     assert.equal(1, code)
     holds(err, "jaccard.lua: " .. stopped)
     document = result(folder, "jaccard_results")
-    assert.equal(12, document.questions)
-    assert.is_true(document.results["jaccard@1"].n > 0 and document.results["jaccard@1"].n < 12)
+    local section = document.sections[1]
+    assert.same({ 12, "jaccard@1" }, { section.questions, section.pair[1].name })
+    assert.is_true(section.pair[1].n > 0 and section.pair[1].n < 12)
     holds(out, "not reached")
 
-    out, err, code, folder = example("fault=200", "mmlu.lua --limit 12 --batch_size 4 --mode loglikelihood")
+    out, err, code, folder = example("fault=300", "mmlu.lua --limit 12 --batch_size 4 --mode loglikelihood")
     assert.equal(1, code)
     holds(err, "mmlu.lua: " .. stopped)
     document = result(folder .. "/demo__nf4", "results_")
     local row = document.results.mmlu_lantern_isles
     assert.is_true(row.sample_len > 0 and row.sample_len < 12)
-    holds(table.concat(row.kernels, " "), "matmul_4bit_", "attention_")
+    holds(table.concat(document.qlua.tasks.mmlu_lantern_isles.kernels, " "), "matmul_4bit_", "attention_")
     holds(out, "accuracy")
 
     out, err, code, folder = example("fault=300", "perplexity.lua --text README.md --context 32 --limit 20")
     assert.equal(1, code)
     holds(err, "perplexity.lua: " .. stopped)
     document = result(folder, "perplexity_results")
-    assert.is_true(document.protocol.windows > 0 and document.protocol.windows < 20)
-    assert.equal(15 * document.protocol.windows, document.results.n)
+    local windows = document.sections[1].protocol.windows
+    assert.is_true(windows > 0 and windows < 20)
+    assert.equal(15 * windows, document.sections[1].summary.n)
     holds(out, "(interrupted)")
 
     local _, message, last = example("fault=30", "codebook.lua --limit 4")
@@ -313,10 +315,10 @@ describe("the real backend over an emulated runtime", function()
     local _, err, code = shell(("%s '%s' examples/jaccard.lua --device cuda --limit 1 --output_path %s")
       :format(emulated "devices=1", support.QLUA, folder))
     assert.equal(0, code, err)
-    local run = result(folder, "jaccard_results").run
-    assert.equal("fast", run.numerics)
-    assert.equal("sm_90", run.device.isa)
-    holds(table.concat(run.kernels, "; "), "4-bit", "16-bit", "flash")
+    local facts = result(folder, "jaccard_results").facts
+    assert.equal("fast", facts.numerics)
+    assert.equal("sm_90", facts.device.isa)
+    holds(table.concat(facts.kernels, "; "), "4-bit", "16-bit", "flash")
   end)
 
   it("refuses the device after a fault, and names the operation once", function()
