@@ -101,7 +101,10 @@ describe("the verdict", function()
     local v = verdict.of { doc }
     assert.equal("dont", v.word)
     assert.near(-0.125, v.pools[1].difference, 1e-12)
-    assert.truthy(v.because:find("−12.5 points", 1, true))
+    assert.truthy(v.because:find("more than 2 points of accuracy: −12.5 points", 1, true))
+    v = verdict.of({ doc }, { margin = 12 })
+    assert.truthy(v.because:find("−12.5 points", 1, true)
+      and v.because:find("more than 12 cannot be ruled out", 1, true))
   end)
 
   it("does not take noise for a loss", function()
@@ -145,11 +148,39 @@ describe("the verdict", function()
       reason = "load 7.1 on 2 cores" }
     for _, p in ipairs(doc.sections[1].points) do p.peak.resident = 1e9 end
     local v = verdict.of { doc }
-    assert.equal("dont", v.word) -- no memory is saved, and the time is not to be trusted
+    assert.equal("open", v.word) -- no memory is saved, and the time is not to be trusted
+    assert.truthy(v.because:find("not measured fairly", 1, true))
     assert.same({ "load" }, { v.unfair[1].name })
     local html = report.html { doc }
     assert.truthy(html:find('class="box amber"', 1, true))
     assert.truthy(html:find("load 7.1 on 2 cores", 1, true))
+  end)
+
+  it("says don't where nothing is saved, and not where that is not known", function()
+    local doc = asked(answered(900, 12, 10, 300))
+    for _, p in ipairs(doc.sections[1].points) do p.peak.resident = 1e9 end
+    assert.equal("quantize", verdict.of({ doc }).word) -- it is faster
+    for _, p in ipairs(doc.sections[1].points) do p.model = 3 - p.model end
+    local v = verdict.of { doc }
+    assert.equal("dont", v.word)
+    assert.truthy(v.because:find("takes longer", 1, true))
+    for _, p in ipairs(doc.sections[1].points) do p.seconds = doc.sections[1].points[1].seconds end
+    v = verdict.of { doc }
+    assert.equal("open", v.word)
+    assert.truthy(v.because:find("not established", 1, true))
+    table.remove(doc.sections, 1)
+    doc.facts.quantized.bytes = doc.facts.full.bytes
+    assert.truthy(verdict.of({ doc }).because:find("its speed was not measured", 1, true))
+  end)
+
+  it("does not judge by the protocol of the post", function()
+    for _, rows in ipairs { answered(900, 12, 10, 300), answered(500, 120, 20, 160) } do
+      local doc = asked(rows)
+      doc.sections[2].protocol = "post"
+      local v = verdict.of { doc }
+      assert.equal("open", v.word)
+      assert.truthy(v.because:find("as in the post of 2024", 1, true))
+    end
   end)
 
   it("takes many subjects as one, and a task of two runs once", function()

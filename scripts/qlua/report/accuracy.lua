@@ -157,7 +157,7 @@ local function pace_table(outcomes)
   for i = 1, math.min(#outcomes, longest) do
     local o = outcomes[i]
     for m, model in ipairs(o.models) do
-      local function number(value) return value and parts.cell(value, parts.short(value))
+      local function number(value) return value and parts.cell(value, parts.brief(value))
         or { text = "–" } end
       rows[#rows + 1] = { key = ("pace/%s/%d"):format(o.task, m), o.task, { text = model.label },
         number(model.words_per_minute), number(model.prefill_tokens_per_second),

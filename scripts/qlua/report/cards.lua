@@ -119,7 +119,10 @@ function cards.verdict(v)
   local evidence, rule, unfair = {}, {}, {}
   for i, sentence in ipairs(v.evidence) do evidence[i] = h.li { sentence } end
   for i, entry in ipairs(v.rule) do rule[i] = { h.dt { entry[1] }, h.dd { entry[2] } } end
-  for i, check in ipairs(v.unfair) do unfair[i] = check.name end
+  for _, check in ipairs(v.unfair) do
+    if not unfair[check.name] then unfair[#unfair + 1] = check.name end
+    unfair[check.name] = true
+  end
   return h.section { class = "verdict " .. v.word, id = "verdict", ["aria-labelledby"] = "verdict-h",
     h.div { h.p { class = "kicker", "Verdict" }, h.h2 { id = "verdict-h", v.headline },
       h.p { class = "why", v.because }, h.ul { evidence },
