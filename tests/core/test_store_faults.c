@@ -326,7 +326,7 @@ static void check_reading(void **state)
     const char *path = temp_path("reading.sqlite");
     ql_store *store = open_store(path);
     const char *ids[READ_ROWS];
-    char texts[READ_ROWS][8], value[301];
+    char texts[READ_ROWS][16], value[301];
     int64_t run;
     long made, n = 0;
     assert_int_equal(ql_store_begin_run(store, &a_run, &run, NULL), QL_OK);
