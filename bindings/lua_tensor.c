@@ -359,7 +359,7 @@ static const char *push_nested(lua_State *L, const ql_tensor *t, int dim, const 
     luaL_checkstack(L, 3, NULL);
     lua_createtable(L, (int)t->shape[dim], 0);
     for (int64_t i = 0; i < t->shape[dim]; i++) {
-        if (dim + 1 < t->ndim) {
+        if (dim + 1 < t->ndim && dim + 1 < QL_MAX_DIMS) { /* the second tells gcc's -O3 what holds */
             at = push_nested(L, t, dim + 1, at);
         } else {
             push_element(L, t->dtype, at);
