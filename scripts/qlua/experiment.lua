@@ -533,13 +533,6 @@ local function millions(n)
   return n >= 1e9 and ("%.2f B"):format(n / 1e9) or ("%.2f M"):format(n / 1e6)
 end
 
---- The type that 4-bit weights decode to: that of the first quantized matrix; nil where none is.
-local function decoded_to(model)
-  for _, m in ipairs(model:matrices()) do
-    if m.scheme then return m.dtype end
-  end
-end
-
 --- What stands above every result: which models, in what types, how many bytes, on what.
 ---@return string
 function run:header()
@@ -556,7 +549,7 @@ function run:header()
     detail = q.scheme and ("block %d, %s"):format(q.block,
       q.double and "double quantization" or "float32 scales")
       or ("%d of %d matrices"):format(q.quantized, q.matrices)
-    local cuda, decoded = device.name ~= "cpu", decoded_to(self.test) or test.dtype
+    local cuda, decoded = device.name ~= "cpu", q.dtype or test.dtype
     lines[#lines + 1] = ("quantized %s (%s), %s resident, decoded to %s, activations float32%s"):format(
       q.label, detail, table_text.bytes(test.bytes), decoded,
       cuda and decoded ~= "float32" and ", in products " .. decoded or "")
