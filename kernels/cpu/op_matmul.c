@@ -13,8 +13,7 @@
 enum {
     R = V16_TILE_ROWS,
     C = V16_TILE_COLS,
-    SUB = 4 * R,                  /* weight rows decoded together for few activation rows */
-    STRIP = 48,                   /* most weight rows taken together: a multiple of 16 and of SUB */
+    STRIP = 48,                   /* most weight rows taken together: a multiple of 16 and of R */
     STRIP_BYTES = 256 * 1024,     /* of weights in a strip of few activation rows: the next one is fetched */
     PIECE = V16_TILE_PIECE,       /* inputs a piece: of R + C rows they fit the first-level cache */
     FEW = 32,                     /* activation rows worth no panel */
@@ -202,9 +201,10 @@ void QK_NAME(matmul_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int6
     }
 }
 
-/* Where a tile finds `rows` weight rows for inputs [k0, k1): decoded in `panel`, or in the matrix itself. */
+/* Where a tile finds `rows` <= R weight rows for inputs [k0, k1): decoded in `panel`, or in the matrix
+ * itself. */
 typedef struct {
-    const char *row[STRIP + R];
+    const char *row[R];
     tile_fn *const *tiles;
     int64_t steps;
     bool finite; /* in: see QK_NAME(is_finite) */
@@ -222,25 +222,22 @@ static void find_rows(const qk_matrix *w, int64_t n, int rows, int64_t k0, int64
                                : (const char *)(panel + r * stride);
         if (!in_place) decode_row(w, out->finite, n + r, k0, k1, panel + r * stride);
     }
-    for (int r = rows; r % R; r++) out->row[r] = out->row[rows - 1]; /* the last group repeats the last row */
+    for (int r = rows; r < R; r++) out->row[r] = out->row[rows - 1]; /* the last group repeats the last row */
 }
 
 /* m activation rows in `block` over the rows of `s`. `next`: what to fetch meanwhile, `bytes` of it. */
-static void run_tiles(const source *s, int rows, const float *block, int64_t m, bool first, float *acc,
+static void run_tiles(const source *s, const float *block, int64_t m, bool first, float *acc,
                       const char *next, int64_t bytes)
 {
-    const int64_t parts = parts_of(m), groups = (rows + R - 1) / R, each = bytes / (parts * groups);
-    work t = {.steps = s->steps, .lane_end = 16, .first = first};
+    const int64_t parts = parts_of(m), each = bytes / parts;
+    work t = {.steps = s->steps, .lane_end = 16, .first = first, .next = next};
     t.advance = each / (s->steps * (16 / VT_LANES));
-    for (int64_t p = 0, c0 = 0; p < parts; p++) {
+    QK_UNROLL for (int i = 0; i < R; i++) t.row[i] = s->row[i];
+    for (int64_t p = 0, c0 = 0; p < parts; p++, t.next += each) {
         int64_t c1 = part_start(m, p + 1);
         t.x = block + c0 * s->steps * 16;
-        for (int r = 0; r < rows; r += R, next += each) {
-            QK_UNROLL for (int i = 0; i < R; i++) t.row[i] = s->row[r + i];
-            t.acc = acc + c0 * ACC_STRIDE + r * 16;
-            t.next = next;
-            s->tiles[c1 - c0 - 1](&t);
-        }
+        t.acc = acc + c0 * ACC_STRIDE;
+        s->tiles[c1 - c0 - 1](&t);
         c0 = c1;
     }
 }
@@ -264,7 +261,7 @@ typedef struct {
 
 static room rooms(int64_t m)
 {
-    return (room){(size_t)(m * ACC_STRIDE), (size_t)((m <= FEW ? SUB : STRIP + 1) * PIECE)};
+    return (room){(size_t)(m * ACC_STRIDE), (size_t)((m <= FEW ? R : STRIP + 1) * PIECE)};
 }
 
 static void matmul_few(const qk_matrix *w, const float *bias, const float *packed, int64_t m, bool add,
@@ -273,19 +270,19 @@ static void matmul_few(const qk_matrix *w, const float *bias, const float *packe
     float *acc = scratch, *panel = acc + rooms(m).acc;
     const bool finite = w->format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
     const int64_t k = w->k;
-    int64_t strip = STRIP_BYTES / row_bytes(w, k + 1) / SUB * SUB;
-    strip = strip < SUB ? SUB : least(strip, STRIP);
+    int64_t strip = STRIP_BYTES / row_bytes(w, k + 1) / R * R;
+    strip = strip < R ? R : least(strip, STRIP);
     for (int64_t n = n0; n < n1; n += strip) {
         const int64_t rows = least(strip, n1 - n);
         const char *next = (const char *)w->data + row_bytes(w, (n + strip) * k);
         for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
             const int64_t k1 = least(k, k0 + PIECE);
-            for (int64_t r = 0; r < rows; r += SUB) {
+            for (int64_t r = 0; r < rows; r += R) {
                 source s = {.finite = finite};
-                int sub = (int)least(SUB, rows - r);
+                int sub = (int)least(R, rows - r);
                 int64_t bytes = row_bytes(w, sub * (k1 - k0));
                 find_rows(w, n + r, sub, k0, k1, panel, &s);
-                run_tiles(&s, sub, packed + k0 * m, m, k0 == 0, acc + r * 16, next, bytes);
+                run_tiles(&s, packed + k0 * m, m, k0 == 0, acc + r * 16, next, bytes);
                 next += bytes;
             }
         }
