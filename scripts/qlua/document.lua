@@ -443,6 +443,43 @@ function document.variants(run, rows, note)
   return section
 end
 
+---@class qlua.section_sensitivity_row: qlua.section_variant
+---@field saved integer          resident bytes that the full model has more
+---@field kl_per_mib number?     kl.value for each MiB saved; nil where none is
+
+---@class qlua.section_sensitivity: qlua.section
+---@field task string
+---@field data qlua.section_data
+---@field questions integer
+---@field scored integer
+---@field too_long integer
+---@field context integer
+---@field by qlua.grouping
+---@field note string
+---@field rows qlua.section_sensitivity_row[]  a group of matrices each, the most harmful first
+---@field all qlua.section_sensitivity_row?    every group quantized
+
+--- What quantizing one group of matrices at a time does.
+---@param run qlua.experiment
+---@param rows qlua.variant[]  the least harmful first, as variants.alone has them
+---@param all qlua.variant?
+---@return qlua.section_sensitivity
+function document.sensitivity(run, rows, all)
+  local by, list = run.opts.by, { scored = rows.scored, too_long = rows.too_long }
+  for i, row in ipairs(rows) do list[#rows + 1 - i] = row end
+  list[#list + 1] = all
+  local section = document.variants(run, list, ("One %s in %s at a time, the rest as it is."):format(
+    by == "kind" and "kind of matrix" or by, run.opts.quant))
+  section.kind, section.by = "sensitivity", by
+  local full = run.full:info().bytes
+  for i, row in ipairs(section.rows) do
+    row.label, row.saved = list[i].group or row.label, full - row.bytes
+    row.kl_per_mib = row.saved > 0 and row.kl.value / (row.saved / 2 ^ 20) or nil
+  end
+  if all then section.all = table.remove(section.rows) end
+  return section
+end
+
 ---@class qlua.section_nucleus_row   both models' nuclei at one temperature and top_p
 ---@field label string
 ---@field temperature number

@@ -254,6 +254,33 @@ function results.variants(run, rows, note)
   run:record(section)
 end
 
+--- What quantizing one group of matrices at a time does, the most harmful first.
+---@param run qlua.experiment
+---@param rows qlua.variant[]
+---@param all qlua.variant?
+function results.sensitivity(run, rows, all)
+  local section = document.sensitivity(run, rows, all)
+  local t = tables.new { { "quantized alone" }, { "saved", align = "right" },
+    { "KL mean [95 %]", align = "right" }, { "KL per MiB saved", align = "right" },
+    { "top-1 agreement", align = "right" }, { "accuracy [95 % Wilson]", align = "right" } }
+  local function add(row)
+    local kl = row.kl
+    t:add(row.label, tables.bytes(row.saved), bounded(kl.value, kl.low, kl.high, format_of(kl.value)),
+      row.kl_per_mib and ("%.2e"):format(row.kl_per_mib), ("%.3f"):format(row.agreement.value),
+      share_text(row.accuracy))
+  end
+  for _, row in ipairs(section.rows) do add(row) end
+  if section.all then
+    t:rule()
+    add(section.all)
+  end
+  say(run:header(), ("task      %s: %s\n\n"):format(section.task, accounted(section.questions,
+    section.scored, section.too_long, section.context, section.data.all)))
+  show(run, t)
+  say("\n", section.note, " KL: divergence of the answers from the full model's, in nats.\n")
+  run:record(section)
+end
+
 --- How the nuclei of both models differ, by temperature and top_p.
 ---@param run qlua.experiment
 ---@param r table  what document.nucleus takes

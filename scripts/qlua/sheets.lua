@@ -128,6 +128,7 @@ end
 
 function by_kind.variants(section)
   local columns = { "label", "bytes", "bits" }
+  if section.kind == "sensitivity" then table.move({ "saved", "kl_per_mib" }, 1, 2, 4, columns) end
   for _, key in ipairs { "kl", "agreement" } do
     for _, figure in ipairs { "value", "low", "high", "n" } do
       columns[#columns + 1] = inside(key .. "_" .. figure, key, figure)
@@ -136,8 +137,12 @@ function by_kind.variants(section)
   for _, key in ipairs { "n", "correct", "accuracy" } do
     columns[#columns + 1] = inside(key == "n" and "questions" or key, "accuracy", key)
   end
-  return { sheet("variants", columns, section.rows) }
+  local rows = table.move(section.rows, 1, #section.rows, 1, {})
+  rows[#rows + 1] = section.all
+  return { sheet(section.kind, columns, rows) }
 end
+
+by_kind.sensitivity = by_kind.variants
 
 function by_kind.nucleus(section)
   local columns = { "temperature", "top_p" }

@@ -130,4 +130,49 @@ function variants.run(run, list)
   return done
 end
 
+---@alias qlua.grouping "layer"|"kind"|"matrix"
+
+--- The group that a matrix is quantized with: "layer 3", "mlp.up_proj", or it alone, "3.mlp.up_proj"; one
+--- outside the layers is a group of its own, as lm_head.
+local function group_of(name, by)
+  local layer, kind = name:match "^model%.layers%.(%d+)%.(.+)$"
+  if not layer then return name end
+  return by == "layer" and "layer " .. layer or by == "kind" and kind or layer .. "." .. kind
+end
+
+--- Quantization of only the matrices whose group is in `chosen`; --skip goes before it.
+---@param run qlua.experiment
+---@param by qlua.grouping
+---@param chosen table<string, boolean>
+---@return table  options of model:quantize
+function variants.only(run, by, chosen)
+  local scheme = run:scheme()
+  scheme.policy = function(name) return chosen[group_of(name, by)] and run.opts.quant or nil end
+  return scheme
+end
+
+--- Every group of matrices quantized by itself, the rest as it is: variants with their `group`, the one that
+--- moves the answers least (by KL divergence) first.
+---@param run qlua.experiment
+---@param by qlua.grouping
+---@return qlua.variant[]
+function variants.alone(run, by)
+  local choose, list, known = policy.make(run:scheme()), {}, {}
+  for _, m in ipairs(run.full:matrices()) do
+    local group = group_of(m.name, by)
+    if not known[group] and choose(m.name, m.rows, m.columns) then
+      known[group] = true
+      list[#list + 1] = { label = "only " .. group, group = group,
+        spec = variants.only(run, by, { [group] = true }) }
+    end
+  end
+  local measured = variants.run(run, list)
+  for i, row in ipairs(measured) do row.group = list[i].group end
+  table.sort(measured, function(a, b)
+    if a.kl.value ~= b.kl.value then return a.kl.value < b.kl.value end
+    return a.group < b.group
+  end)
+  return measured
+end
+
 return variants

@@ -179,3 +179,27 @@ describe("a section", function()
     assert.is_nil(sections[4].rows[1].kl.values)
   end)
 end)
+
+describe("document.sensitivity", function()
+  it("ranks the most harmful first, with what each saves and what a saved MiB costs", function()
+    local function variant(label, kl, bytes)
+      return { label = "only " .. label, group = label, bytes = bytes, bits = 8, kernels = {},
+        kl = { name = "kl", value = kl, low = 0, high = 2 * kl, n = 4 },
+        agreement = { name = "agreement", value = 1, n = 4 }, accuracy = { n = 4, correct = 3 } }
+    end
+    local run = run_with { seed = 1, quant = "nf4", by = "layer" }
+    run.full = { info = function() return { bytes = 5 * 2 ^ 20 } end }
+    local rows = { variant("layer 1", 0.25, 3 * 2 ^ 20), variant("layer 0", 0.5, 5 * 2 ^ 20), scored = 4,
+      too_long = 1 }
+    local all = variant("all", 1, 2 ^ 20)
+    all.group = nil
+    local section = json.decode(json.encode(document.sensitivity(run, rows, all)))
+    assert.same({ "sensitivity", "layer", 4, 1 }, { section.kind, section.by, section.scored,
+      section.too_long })
+    assert.same({ "layer 0", "layer 1" }, { section.rows[1].label, section.rows[2].label })
+    assert.same({ 0, 2 ^ 21, 2 ^ 22 }, { section.rows[1].saved, section.rows[2].saved, section.all.saved })
+    assert.is_nil(section.rows[1].kl_per_mib)
+    assert.same({ 0.125, 0.25 }, { section.rows[2].kl_per_mib, section.all.kl_per_mib })
+    assert.is_nil(document.sensitivity(run, rows).all)
+  end)
+end)
