@@ -8,6 +8,7 @@ local charts = require "qlua.report.charts"
 local markup = require "qlua.report.markup"
 local nucleus = require "qlua.report.nucleus"
 local others = require "qlua.report.others"
+local parts = require "qlua.report.parts"
 local style = require "qlua.report.style"
 local svg = require "qlua.report.svg"
 local variants = require "qlua.report.variants"
@@ -138,14 +139,25 @@ local function check_item(check)
     check.ok == false and check.reason and { h.br {}, h.span { check.reason } } or false }
 end
 
+--- The checks of a run: those that failed in sight, of several runs the others folded.
+local function run_checks(doc, fold)
+  local bad, good = {}, {}
+  for _, check in ipairs(doc.fairness and doc.fairness.checks or {}) do
+    table.insert(fold and check.ok ~= false and good or bad, check_item(check))
+  end
+  if #bad + #good == 0 then return h.p { class = "note", "No checks were recorded." } end
+  return { #bad > 0 and h.ul { class = "checks", bad } or false, #good > 0 and h.details { class = "data",
+    h.summary { #bad == 0 and "All is fair: " or "", parts.plural(#good, "check"),
+      #bad > 0 and " more" or "" },
+    h.ul { class = "checks", good } } or false }
+end
+
 local function fairness(docs, v)
   local boxes, checked = {}, false
-  for _, doc in ipairs(docs) do
-    local items = {}
-    for i, check in ipairs(doc.fairness and doc.fairness.checks or {}) do items[i] = check_item(check) end
-    checked = checked or #items > 0
-    boxes[#boxes + 1] = { #docs > 1 and h.h3 { ("Run %s, %s"):format(doc.run, doc.name) } or false,
-      #items > 0 and h.ul { class = "checks", items } or h.p { class = "note", "No checks were recorded." } }
+  for i, doc in ipairs(docs) do
+    checked = checked or doc.fairness and #(doc.fairness.checks or {}) > 0
+    boxes[i] = { #docs > 1 and h.h3 { ("Run %s, %s"):format(doc.run, doc.name) } or false,
+      run_checks(doc, #docs > 1) }
   end
   local said = #v.unfair == 0 and "What would make the comparison unfair, and what was found."
     or #v.unfair == 1 and "One check is amber, with the reason."

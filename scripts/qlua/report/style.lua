@@ -9,7 +9,7 @@ return [[
 --markink:#1a1d21}
 @media (prefers-color-scheme:dark){:root{--paper:#14171a;--card:#1c2024;--ink:#e8eaec;--soft:#a5adb5;
 --rule:#353b41;--grid:#2a2f34;--good:#5cc492;--amber:#f0b84a;--amberbg:#2e2512;--mark:#6b5200;--markink:#fff}}
-*{box-sizing:border-box}
+*,::before{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",
 Roboto,
@@ -100,6 +100,7 @@ font-size:2rem;font-weight:650;letter-spacing:-.02em;margin:.5rem 0}
 padding-left:12px}
 .box{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:16px 22px}
 .box.amber{border-color:var(--amber)}
+.box h3{margin-top:1.1rem}.box .data{margin-top:2px;border:0;padding:0}
 .checks{list-style:none;margin:.4rem 0;padding:0;font-size:.9rem}
 .checks li{padding:.38em 0 .38em 1.9em;position:relative;border-bottom:1px solid var(--rule)}
 .checks li:last-child{border:0}
