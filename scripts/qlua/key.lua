@@ -16,7 +16,18 @@ local key = {}
 local SHOWING <const> = { bars = true, cli = true, compare = true, document = true, export = true,
   fairness = true, files = true, llama_bench = true, lm_eval = true, machine = true, meta = true,
   plot = true, progress = true, repl = true, report = true, results = true, runs = true,
-  sheets = true, table = true }
+  sheets = true, study = true, table = true }
+
+--- Bytes up to which a file is read again rather than remembered, which costs a write to the disk.
+local SMALL <const> = 1 << 20
+
+local function sha256(store, path)
+  if (lfs.attributes(path, "size") or SMALL) >= SMALL then return store:sha256(path) end
+  local file <close> = io.open(path, "rb")
+  local text = file and file:read "a"
+  if not text then return store:sha256(path) end -- for its error
+  return sys.sha256(text)
+end
 
 --- The digest of a list of files, each by its name and its bytes; nil where the list is empty.
 local function digest(store, paths)
@@ -24,7 +35,7 @@ local function digest(store, paths)
   table.sort(paths)
   local lines = {}
   for i, path in ipairs(paths) do
-    local hex, err = store:sha256(path)
+    local hex, err = sha256(store, path)
     if not hex then return nil, err end
     lines[i] = ("%s  %s\n"):format(hex, path:match "[^/]*$")
   end

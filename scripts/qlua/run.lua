@@ -15,7 +15,9 @@ local store = require "qlua.store"
 local sys = require "qlua.sys"
 
 local STORE <const> = "qlua.sqlite"
-local COMMIT_SECONDS <const> = 0.2 -- of work that a kill may cost, beside the batch that runs
+--- Seconds of work that a kill may cost, beside the batch that runs: the most where a commit is so slow that
+--- committing more often would take a larger share of the run's time.
+local COMMIT_SECONDS <const>, COMMIT_SECONDS_MOST <const>, COMMIT_SHARE <const> = 0.2, 1, 1 / 200
 local RUNS_ASKED <const> = 20      -- newest runs that are asked why a set is not complete
 
 ---@class qlua.run
@@ -176,7 +178,7 @@ end
 ---@return qlua.run_set?, qlua.failure?
 function run:set(name, list, options, inputs)
   local s = setmetatable({ run = self, name = name, list = list, texts = {}, todo = {}, known = 0,
-    pending = {}, committed_at = sys.time() }, set)
+    pending = {}, committed_at = sys.time(), interval = COMMIT_SECONDS }, set)
   local rows = {}
   if self.folder then
     local ok, err = self:begin()
@@ -224,7 +226,7 @@ end
 ---@return boolean?, qlua.failure?
 function set:commit()
   if not self.key or #self.pending == 0 then return true end
-  local rows = self.pending
+  local rows, begin = self.pending, sys.time()
   self.pending = {}
   local ok, err = self.run.store:put(self.run.id, self.key, rows)
   if ok and not self.used then
@@ -234,6 +236,8 @@ function set:commit()
     ok, err = self:use()
   end
   self.committed_at = sys.time()
+  self.interval = math.max(COMMIT_SECONDS, math.min(COMMIT_SECONDS_MOST, (self.committed_at - begin)
+    / COMMIT_SHARE))
   return ok, err
 end
 
@@ -254,7 +258,7 @@ function set:add(batch, values)
     if self.key then self.pending[#self.pending + 1] = { self.ids[i], text } end
   end
   self.run.ran = self.run.ran + n
-  if sys.time() - self.committed_at < COMMIT_SECONDS then return true end
+  if sys.time() - self.committed_at < self.interval then return true end
   return self:commit()
 end
 
