@@ -103,7 +103,7 @@ local DRAW <const> = {
   metrics = charts.metrics, perplexity = others.perplexity, variants = variants.charts,
   sensitivity = variants.ranking, nucleus = nucleus.chart,
 }
-local ORDER <const> = { "sweep", "metrics", "nucleus", "mmlu", "variants", "sensitivity", "perplexity" }
+local ORDER <const> = { "sweep", "metrics", "mmlu", "variants", "nucleus", "sensitivity", "perplexity" }
 
 local function charts_section(docs, v, labels)
   local list, known = {}, {}

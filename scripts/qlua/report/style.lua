@@ -53,7 +53,8 @@ font-weight:600}
 .chart{background:var(--card);border:1px solid var(--rule);border-radius:10px;margin:0;
 padding:18px 20px 12px;min-width:0}
 .wide{grid-column:1/-1}
-.chart>svg,.side>svg{margin-top:10px}
+.chart:not(.wide):not(.chart:not(.wide)+.chart):is(:last-child,:has(+.wide)){grid-column:1/-1}
+.chart>svg,.side>svg{margin-top:10px}.chart>svg{max-width:640px;margin-left:auto;margin-right:auto}
 .side{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:28px;align-items:start}
 svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{font-size:12px;fill:var(--ink);font-family:inherit}
