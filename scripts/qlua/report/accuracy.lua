@@ -115,24 +115,27 @@ local function square(key, count, n, class)
 end
 
 --- The two-by-two table of right and wrong, and McNemar's test of it.
+---@param entry { name: string, flips: qlua.flips, mcnemar_p: number }
+---@param labels string[]
 local function contingency(entry, labels)
-  local f, c, key = entry.flips, entry, "flips/" .. entry.name
-  local wrong = f.same_wrong + f.other_wrong
+  local f, key = entry.flips, "flips/" .. entry.name
+  local function column(word) return h.th { scope = "col", class = "n", labels[2] .. word } end
+  local function row(word, first, second)
+    return h.tr { h.th { scope = "row", labels[1] .. word }, first, second }
+  end
+  local note = { "Exact McNemar ", parts.figure(key .. "/mcnemar_p", entry.mcnemar_p,
+    stats.p_text(entry.mcnemar_p)), (" on %d against %d."):format(f.right_wrong, f.wrong_right) }
+  if f.right_a > 0 then note[#note + 1] = (" Recovery %.3f."):format(f.right_b / f.right_a) end
+  if f.other_wrong > 0 then
+    note[#note + 1] = (" %s wrong in two different ways."):format(parts.plural(f.other_wrong, "question"))
+  end
   return h.div { class = "pair", h.table { class = "two", h.caption { entry.name },
-    h.thead { h.tr { h.td {}, h.th { scope = "col", class = "n", labels[2] .. " right" },
-      h.th { scope = "col", class = "n", labels[2] .. " wrong" } } }, h.tbody {
-      h.tr { h.th { scope = "row", labels[1] .. " right" }, square(key .. "/both_right",
-        f.both_right, f.n, "t0"),
-        square(key .. "/right_wrong", f.right_wrong, f.n, "t1") },
-      h.tr { h.th { scope = "row", labels[1] .. " wrong" }, square(key .. "/wrong_right",
-        f.wrong_right, f.n, "t2"),
-        square(key .. "/both_wrong", wrong, f.n, "t0") } } },
-    h.p { class = "note", "Exact McNemar ", parts.figure(key .. "/mcnemar_p", c.mcnemar_p,
-      stats.p_text(c.mcnemar_p)), (" on %d against %d. "):format(f.right_wrong, f.wrong_right),
-      f.right_a > 0 and ("Recovery %.3f. "):format(f.right_b / f.right_a) or "",
-      f.other_wrong > 0 and ("%s wrong in two different ways."):format(parts.plural(f.other_wrong,
-        "question"))
-        or "" } }
+    h.thead { h.tr { h.td {}, column " right", column " wrong" } }, h.tbody {
+      row(" right", square(key .. "/both_right", f.both_right, f.n, "t0"),
+        square(key .. "/right_wrong", f.right_wrong, f.n, "t1")),
+      row(" wrong", square(key .. "/wrong_right", f.wrong_right, f.n, "t2"),
+        square(key .. "/both_wrong", f.same_wrong + f.other_wrong, f.n, "t0")) } },
+    h.p { class = "note", note } }
 end
 
 local function contingencies(outcomes, pools, labels)
@@ -154,21 +157,19 @@ end
 --- How fast answers came, and what became of those without a letter.
 local function pace_table(outcomes)
   local rows, longest <const> = {}, 24
+  local function number(value) return parts.cell(value, value and parts.brief(value)) end
   for i = 1, math.min(#outcomes, longest) do
     local o = outcomes[i]
+    local written = o.output_type == "generate_until"
     for m, model in ipairs(o.models) do
-      local function number(value) return value and parts.cell(value, parts.brief(value))
-        or { text = "–" } end
       rows[#rows + 1] = { key = ("pace/%s/%d"):format(o.task, m), o.task, { text = model.label },
         number(model.words_per_minute), number(model.prefill_tokens_per_second),
         number(model.decode_tokens_per_second), number(model.seconds),
-        o.output_type == "generate_until" and parts.cell(model.unparsed) or { text = "–" },
-        o.output_type == "generate_until" and parts.cell(model.cut or 0) or { text = "–" } }
+        parts.cell(written and model.unparsed or nil), parts.cell(written and model.cut or nil) }
     end
   end
-  return parts.grid("Pace of answering", { "task", "model", "words/min", "prefill tok/s",
-    "decode tok/s", "seconds",
-    "no letter", "cut off" }, rows)
+  return parts.grid("Pace of answering", { "task", "model", "words/min", "prefill tok/s", "decode tok/s",
+    "seconds", "no letter", "cut off" }, rows)
 end
 
 local function metrics_table(outcomes)

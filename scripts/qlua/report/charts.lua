@@ -375,8 +375,8 @@ function charts.metrics(section, labels, id)
     return parts.chart { id = id, title = "Agreement on the next token", lead = accounted .. ".",
       table = metrics_table(section) }
   end
-  local lead = (
-    "Shared part of both models’ k most likely next tokens (%s): mean with 95 %% interval."):format(accounted)
+  local lead = "Shared part of both models’ k most likely next tokens (" .. accounted
+    .. "): mean with 95 % interval."
   local picture, separate = jaccard_picture(section, list, labels, id, lead)
   local notes = { separate and "Each dot is a question." or "Bars: how many questions have the value.",
     section.control and #section.control > 0 and

@@ -130,9 +130,8 @@ function variants.ranking(section, _, id)
     largest = math.max(largest, rows[i].kl.high or rows[i].kl.value)
     widest = math.max(widest, svg.width(svg.shortened(rows[i].label, 24)))
   end
-  local lead = (
-    "KL divergence of each one’s predictions from the full model’s, in nats: %s, 95 %% intervals."):format(
-    asked(section))
+  local lead = "KL divergence of each one’s predictions from the full model’s, in nats: " .. asked(section)
+    .. ", 95 % intervals."
   if shown < #rows then lead = lead .. (" The %d with most of %d."):format(shown, #rows) end
   local left, top, height = 12 + widest, 8, 19
   local bottom = top + height * shown

@@ -233,15 +233,13 @@ function verdict.unfair(docs)
   return list
 end
 
---- "a loss of 8.9 points [..] is established ..." for one pool, for the list of evidence.
+--- "Accuracy by log-likelihood: −8.9 points [−18.4, 0.9] for nf4, difference not ..." of one pool.
 local function pool_sentence(pool, test)
   local said = ("Accuracy %s: %s points [%s, %s] for %s, "):format(pool.name,
-    verdict.points(pool.difference),
-    verdict.points(pool.low), verdict.points(pool.high), test)
+    verdict.points(pool.difference), verdict.points(pool.low), verdict.points(pool.high), test)
   if pool.noisy then
-    return said .. (
-      "but the full model differs from itself as well (%s): the questions were not asked alike")
-      :format(stats.p_text(pool.control.p)) .. "."
+    return ("%sbut the full model differs from itself too (%s): the questions were not asked alike."):format(
+      said, stats.p_text(pool.control.p))
   end
   said = said .. ("difference %s at n = %d (%s)"):format((pool.lost or pool.gained) and "established"
     or "not established", pool.n, stats.p_text(pool.p))
@@ -396,16 +394,14 @@ end
 local function rule(margin)
   local points = points_text(margin)
   return {
-    { "Quantize", (
-      "where it saves memory or time, and the 95 %% interval of the difference in accuracy rules "
-      .. "out a loss of more than %s, in every way of asking; the full model must beat guessing."):format(
-        points) },
+    { "Quantize", "where it saves memory or time, and the 95 % interval of the difference in accuracy rules "
+      .. "out a loss of more than " .. points .. ", in every way of asking; the full model must beat "
+      .. "guessing." },
     { "Don’t", ("where it saves neither; or where a loss is established (exact McNemar test, Holm’s "
       .. "correction, p < 0.05, larger than the full model’s difference from itself) and more than %s is not "
       .. "ruled out."):format(points) },
-    { "Not established",
-      "everything else, and what was asked as in the post of 2024: more questions, or the "
-      .. "part that was not measured, would tell." },
+    { "Not established", "everything else, and what was asked as in the post of 2024: more questions, or "
+      .. "the part that was not measured, would tell." },
     { "Intervals", "accuracy: Tango’s score interval of the paired difference; time: bootstrap of whole "
       .. "rounds, and it counts only where every fairness check is green; memory is counted, not sampled." },
   }
