@@ -397,6 +397,13 @@ function cli.try(spec, args)
   return values
 end
 
+--- Ends the script; all that the library ends scripts with comes here. qlua.study puts its own in place.
+---@param code integer
+---@param message? string  of a failure
+function cli.exit(code, message) -- luacheck: no unused args
+  os.exit(code, true)
+end
+
 --- The options of this run as a plain table; prints and exits on --help, --completion and on mistakes.
 ---@param spec { name: string, summary: string, options: (string|qlua.option)[], epilog: string? }
 ---@param args? string[] default: the script's own
@@ -405,15 +412,16 @@ function cli.parse(spec, args)
   local values, text, code = cli.try(spec, args or _G.arg or {})
   if values then return values end
   if code == 0 then io.stdout:write(text) else io.stderr:write(text) end
-  os.exit(code, true)
+  cli.exit(code, text:match "[^\n]*")
 end
 
 --- Ends the script as a failed step must end: one line on stderr, exit code 1.
 ---@param name string
 ---@param err any a failure or a text
 function cli.fail(name, err)
-  io.stderr:write(("%s: %s\n"):format(name, (tostring(err):gsub("%s*\n%s*", " "))))
-  os.exit(1, true)
+  local message = tostring(err):gsub("%s*\n%s*", " ")
+  io.stderr:write(name, ": ", message, "\n")
+  cli.exit(1, message)
 end
 
 return cli

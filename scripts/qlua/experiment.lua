@@ -94,6 +94,7 @@ end
 ---@field tokenizer qlua.tokenizer
 ---@field sha256 string?          of the full model's checkpoint, once something has asked for it
 ---@field kept qlua.run          its rows and its document in the results store
+---@field owned string[]          fields that are closed with the run
 ---@field fairness table         records what beside the models may make figures differ
 ---@field stopped string?        why the run ended early; what is finished can still be shown
 ---@field stdout_is_terminal boolean
@@ -180,7 +181,7 @@ function run:foretell(options)
   end
   local made = forecast.make(models, self.passes or {}, self:must(self.device:memory()))
   io.stdout:write(self:header(), "\n", forecast.text(made, options.what))
-  os.exit(made.fits and 0 or 1, true)
+  cli.exit(made.fits and 0 or 1, "more memory is needed than is free")
 end
 
 --- Ends the run in the store, unless it has ended; what it recorded so far is kept with it.
@@ -195,14 +196,39 @@ function run:close()
     self:ended "finished"
     self.kept:close()
   end
-  for _, name in ipairs { "test", "full", "device" } do
-    if self[name] then self[name]:close() end
-  end
+  for _, name in ipairs(self.owned) do self[name]:close() end
 end
 
 function run:__close(err)
   if err ~= nil then self:ended(interrupt.pending() and "interrupted" or "failed") end
   self:close()
+end
+
+--- Devices and models that scripts of this process share, by what they were opened from; nil: none are.
+local shared = nil
+
+--- Until the result is closed, devices and models stay open when a script ends, for the next one that asks
+--- for the same.
+---@return table  to be closed
+function experiment.share()
+  local list = {}
+  shared = list
+  function list:close()
+    for i = #self, 1, -1 do self[i]:close() end
+    shared = nil
+  end
+  return list
+end
+
+--- Sets a field to what `open(...)` gives, or to what an earlier script has opened with the same `from`.
+function run:hold(field, from, open, ...)
+  local what = json.encode { field, from }
+  self[field] = shared and shared[what] or self:must(open(...))
+  if not shared then
+    table.insert(self.owned, 1, field)
+  elseif not shared[what] then
+    shared[what], shared[#shared + 1] = self[field], self[field]
+  end
 end
 
 --- The words that the script was called with.
@@ -219,7 +245,8 @@ end
 ---@return qlua.experiment
 function experiment.open(name, opts, needs)
   needs = needs or {}
-  local self = setmetatable({ name = name, opts = opts, stdout_is_terminal = sys.isatty(1) }, run)
+  local self = setmetatable({ name = name, opts = opts, stdout_is_terminal = sys.isatty(1), owned = {} },
+    run)
   if opts.no_output or opts.dry_run then opts.output_path = nil end
   self.kept = this_run.new { name = name, folder = opts.output_path, fresh = opts.fresh,
     command = command_line(), script = _G.arg and _G.arg[0] }
@@ -238,21 +265,26 @@ function experiment.open(name, opts, needs)
     self.items = self.tasks[1]
     if #self.tasks > 1 then self:check_tasks(needs.several) end
   end
-  self.device = self:must(qlua.device(opts.device, { threads = opts.threads, numerics = opts.numerics }))
+  local from = { device = opts.device, threads = opts.threads, numerics = opts.numerics }
+  self:hold("device", from, qlua.device, opts.device, { threads = opts.threads, numerics = opts.numerics })
   self.hardware = self:must(self.device:info())
   local load = opts.dry_run and self.device.outline or self.device.load
-  self.full = self:must(load(self.device, opts.model, { dtype = opts.dtype, max_context = opts.max_context }))
+  from.model, from.dtype, from.max_context, from.dry = opts.model, opts.dtype, opts.max_context, opts.dry_run
+  self:hold("full", from, load, self.device, opts.model, { dtype = opts.dtype,
+    max_context = opts.max_context })
   self.context = self.full:info().max_context
   if needs.tokenizer ~= false then self.tokenizer = self:must(self.full:tokenizer()) end
   if needs.twin ~= false then
     if opts.quantized then
-      self.test = self:must(load(self.device, opts.quantized, { max_context = opts.max_context }))
+      from.quantized = opts.quantized
+      self:hold("test", from, load, self.device, opts.quantized, { max_context = opts.max_context })
       if self.test:info().vocab ~= self.full:info().vocab then
         self:must(nil, ("%s: its vocabulary is not that of %s"):format(opts.quantized, opts.model))
       end
     else
       self:check_scheme()
-      self.test = self:must(self:twin(self:scheme()))
+      from.scheme = self:scheme()
+      self:hold("test", from, self.twin, self, self:scheme())
     end
     self.labels = { "full", self.test:info().quant.label }
     self.context = math.min(self.context, self.test:info().max_context)
@@ -517,7 +549,7 @@ function run:finish()
     end
     io.stdout:write("\n", "wrote ", table.concat(paths, "\nwrote "), "\n")
   end
-  if self.stopped then os.exit(self.failed and 1 or 130, true) end
+  if self.stopped then cli.exit(self.failed and 1 or 130, self.stopped) end
 end
 
 --- A progress line on stderr.

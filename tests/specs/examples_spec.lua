@@ -4,7 +4,8 @@ local json = require "qlua.json"
 local lfs = require "lfs"
 
 local QLUA <const> = arg and arg[-1] or "build/qlua"
-local SCRIPTS <const> = { "batch_sweep", "codebook", "custom_metric", "jaccard", "mixed_precision", "mmlu" }
+local SCRIPTS <const> = { "batch_sweep", "codebook", "custom_metric", "jaccard", "mixed_precision", "mmlu",
+  "nucleus", "sensitivity" }
 
 local folder
 
