@@ -327,6 +327,35 @@ function by_kind.variants(x, y)
   return figures
 end
 
+function by_kind.sensitivity(x, y, context)
+  local figures = by_kind.variants(x, y, context)
+  if not (x.all and y.all) then return figures end
+  local whole = by_kind.variants({ rows = { x.all } }, { rows = { y.all } }, context)
+  return table.move(whole, 1, #whole, #figures + 1, figures)
+end
+
+function by_kind.nucleus(x, y, context)
+  local figures, place = json.array(), {}
+  local rows_a, rows_b = context.rows(1, x.set), context.rows(2, y.set)
+  local matched = rows_a and rows_b and pairs_of(rows_a, rows_b, function(row) return row.question end)
+  for j, row in ipairs(y.rows) do place[row.label] = j end
+  for i, row in ipairs(x.rows) do
+    local j, values = place[row.label], nil
+    if j and matched then
+      values = {}
+      for k, pair in ipairs(matched) do
+        values[k] = { { values = { overlap = pair[1].pair[i][1] } },
+          { values = { overlap = pair[2].pair[j][1] } } }
+      end
+    end
+    if j then
+      metrics_figures(figures, { row.overlap }, { y.rows[j].overlap }, row.label, context.pair, values,
+        context.seed)
+    end
+  end
+  return figures
+end
+
 --- The section of `b` that answers to one of `a`: of its kind and task, else the only one of its kind.
 local function counterpart(section, list)
   local only, count

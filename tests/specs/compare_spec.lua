@@ -303,6 +303,56 @@ describe("compare.runs", function()
     assert.is_true(math.abs(alone.high - alone.low - 2 * half) < 1e-12)
   end)
 
+  it("pairs nuclei by question and setting, whatever settings the runs had beside", function()
+    local function section(settings, means)
+      local made = { kind = "nucleus", task = "s", set = "k", rows = {} }
+      for i, label in ipairs(settings) do
+        made.rows[i] = { label = label, overlap = { name = "overlap", value = means[i], stderr = 0.1 } }
+      end
+      return made
+    end
+    local function rows(overlaps)
+      local list = {}
+      for i, of in ipairs(overlaps) do
+        list[i] = { question = "q" .. i, pair = {} }
+        for setting, overlap in ipairs(of) do list[i].pair[setting] = { overlap, 3, 3, 1, 1, 1 } end
+      end
+      return list
+    end
+    local result = assert(compare.runs(sides({ section({ "cool", "warm" }, { 0.9, 0.5 }),
+      section({ "warm", "hot" }, { 0.25, 0.9 }) }, { rows { { 0.9, 0.5 }, { 0.9, 0.75 }, { 0.9, 0.25 } },
+      rows { { 0.25, 0.9 }, { 0.5, 0.9 } } })))
+    assert.equal(1, #result.sections[1].figures)
+    local f = figure(result, "overlap")
+    assert.same({ "warm", 0.625, 0.375, -0.25, -0.25, -0.25 }, { f.task, f.a, f.b, f.value, f.low, f.high })
+    f = figure(assert(compare.runs(sides { section({ "warm" }, { 0.5 }), section({ "warm" }, { 0.25 }) })),
+      "overlap")
+    assert.equal(-0.25, f.value)
+    assert.truthy(f.method:find("independent", 1, true))
+  end)
+
+  it("compares sensitivities group by group, and says how both were quantized", function()
+    local function row(label, kl)
+      return { label = label, bytes = 100, kl = { name = "kl", value = kl, stderr = 0.1 },
+        agreement = { name = "agreement", value = 1, stderr = 0 }, accuracy = { n = 0, correct = 0 } }
+    end
+    local function section(first, all)
+      return { kind = "sensitivity", task = "s", rows = { row("layer 0", first), row("layer 1", 0.5) },
+        all = row("all of them", all) }
+    end
+    local first, second = sides { section(0.25, 1), section(0.5, 2) }
+    first.document.options, second.document.options = { quant = "nf4" }, { quant = "fp4" }
+    local result = assert(compare.runs(first, second))
+    local differences = {}
+    for _, f in ipairs(result.sections[1].figures) do
+      if f.name == "kl" then differences[f.of] = f.value end
+    end
+    assert.same({ ["layer 0"] = 0.25, ["layer 1"] = 0, ["all of them"] = 1 }, differences)
+    local told = {}
+    for _, fact in ipairs(result.facts) do told[fact.name] = { fact.a, fact.b } end
+    assert.same({ "nf4", "fp4" }, told["--quant"])
+  end)
+
   it("tells questions of the same text apart", function()
     local function section(values)
       return { kind = "metrics", task = "s", set = "k", pair = { { name = "kl", value =

@@ -46,6 +46,9 @@ for _, name in ipairs { "model", "quantized", "quant", "double_quant", "block_si
   NOT_COMPARED[name] = true
 end
 
+-- Facts of the quantized model; options only of scripts that make variants of their own.
+local QUANTIZATION <const> = { quant = true, double_quant = true, block_size = true }
+
 local SPOILS <const> = { num_fewshot = "accuracies", apply_chat_template = "accuracies",
   protocol = "accuracies", mode = "accuracies", max_gen_toks = "accuracies", temperature = "accuracies",
   max_context = "the questions that fit", limit = "the questions asked", batch_size = "speeds",
@@ -86,7 +89,10 @@ function facts.differing(a, b)
     for name in pairs(doc.options or {}) do names[name] = true end
   end
   local sorted = {}
-  for name in pairs(names) do if not NOT_COMPARED[name] then sorted[#sorted + 1] = name end end
+  local variants = not (at(a, "facts", "quantized") or at(b, "facts", "quantized"))
+  for name in pairs(names) do
+    if not NOT_COMPARED[name] or variants and QUANTIZATION[name] then sorted[#sorted + 1] = name end
+  end
   table.sort(sorted)
   for _, name in ipairs(sorted) do
     add_fact(list, "--" .. name, at(a, "options", name), at(b, "options", name), SPOILS[name])
