@@ -22,6 +22,9 @@ local evaluate = {}
 ---@field too_long boolean
 ---@field tokens integer          of the longest row
 
+--- One of n equal parts of a time, in whole nanoseconds: more digits would only make rows longer.
+local function share(seconds, n) return math.floor(1e9 * seconds / n + 0.5) / 1e9 end
+
 local function ends_in_space(text) return text:match("%s+$") or "" end
 
 --- Token ids of a context and its continuation: the continuation is what encoding both together adds, and
@@ -445,7 +448,7 @@ function scorer:begin()
     self.begun[m] = kept
     local synced, err = self.device:sync()
     if not synced then return nil, err end
-    self.seconds[m] = sys.time() - begin
+    self.seconds[m] = share(sys.time() - begin, 1)
   end
   return true
 end
@@ -464,7 +467,7 @@ function scorer:run(m, batch)
     part.answer = tasks.argmax(part.scores)
     part.correct = part.answer == batch[b].item.answer
     part.kernels, part.begun_seconds = kernels, self.seconds[m]
-    part.seconds, part.prefill_seconds = seconds / #batch, (prefilled - begin) / #batch
+    part.seconds, part.prefill_seconds = share(seconds, #batch), share(prefilled - begin, #batch)
     part.prompt_tokens = plan.fed[b] + rows_of(batch[b]) * self.skip
   end
   return parts, logits, plan
@@ -701,8 +704,8 @@ local function written(model, tok, task, batch, options)
     local text = task.answer_text and task:answer_text(texts[b]) or texts[b]
     local answer = task:parse(text)
     parts[b] = { text = text, answer = answer, correct = answer == p.item.answer, words = tasks.words(text),
-      stop = timing.stop[b], ids = json.array(ids[b]), kernels = kernels, seconds = seconds / n,
-      prefill_seconds = timing.prefill_seconds / n, decode_seconds = timing.decode_seconds / n,
+      stop = timing.stop[b], ids = json.array(ids[b]), kernels = kernels, seconds = share(seconds, n),
+      prefill_seconds = share(timing.prefill_seconds, n), decode_seconds = share(timing.decode_seconds, n),
       prompt_tokens = #prompts[b],
       decode_tokens = timing.decode_tokens // n + (b <= timing.decode_tokens % n and 1 or 0) }
   end

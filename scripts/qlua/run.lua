@@ -17,7 +17,7 @@ local sys = require "qlua.sys"
 local STORE <const> = "qlua.sqlite"
 --- Seconds of work that a kill may cost, beside the batch that runs: the most where a commit is so slow that
 --- committing more often would take a larger share of the run's time.
-local COMMIT_SECONDS <const>, COMMIT_SECONDS_MOST <const>, COMMIT_SHARE <const> = 0.2, 1, 1 / 200
+local COMMIT_SECONDS <const>, COMMIT_SECONDS_MOST <const>, COMMIT_SHARE <const> = 0.2, 1, 1 / 500
 local RUNS_ASKED <const> = 20      -- newest runs that are asked why a set is not complete
 
 ---@class qlua.run
