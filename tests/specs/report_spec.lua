@@ -405,8 +405,13 @@ describe("the report", function()
       true) < html:find(">only layer 40</text>", picture, true))
     assert.truthy(html:find("The 24 with most of 40", 1, true))
     section.kind = "sensitivity"
-    assert.truthy(report.html({ documents.document { section } }):find(
-      '<figure class="chart" id="sensitivity"', 1, true))
+    section.rows[40].saved, section.rows[40].kl_per_mib = 2 ^ 21, 0.02
+    section.all = { label = "all of them", saved = 2 ^ 23, kl = { value = 0.5 }, kl_per_mib = 0.0625 }
+    html = report.html { documents.document { section } }
+    assert.truthy(html:find('<figure class="chart" id="sensitivity"', 1, true))
+    local line = cells(html, "variants/" .. section.rows[40].label)
+    assert.same({ 2 ^ 21, 0.04, 0.02 }, { table.unpack(line, 3, 5) })
+    assert.same({ 2 ^ 23, 0.5, 0.0625 }, cells(html, "variants/all of them"))
   end)
 
   it("draws extreme sections: one batch, nothing that fits, no question, no value", function()

@@ -94,18 +94,21 @@ local function bounded(figure, format)
 end
 
 local function numbers(section)
-  local rows = {}
-  for i, row in ipairs(section.rows) do
+  local rows, list = {}, table.move(section.rows, 1, #section.rows, 1, {})
+  list[#list + 1] = section.all
+  for i, row in ipairs(list) do
     local a = row.accuracy
     rows[i] = { key = "variants/" .. row.label, row.label, parts.cell(row.bytes, row.bytes
       and tables.bytes(row.bytes)),
       parts.cell(row.bits, row.bits and ("%.2f"):format(row.bits)),
-      bounded(row.kl, "%.5f"), bounded(row.agreement, "%.3f"),
+      parts.cell(row.saved, row.saved and tables.bytes(row.saved)), bounded(row.kl, "%.5f"),
+      parts.cell(row.kl_per_mib, row.kl_per_mib and parts.short(row.kl_per_mib)),
+      bounded(row.agreement, "%.3f"),
       a and a.accuracy and { value = a.accuracy, low = a.wilson[1], high = a.wilson[2],
         text = tables.interval(a.accuracy, a.wilson[1], a.wilson[2]) } or { text = "–" } }
   end
-  return parts.grid("Quantizations", { "variant", "resident", "bits a weight", "KL, nats [95 %]",
-    "top-1 agreement", "accuracy [95 % Wilson]" }, rows)
+  return parts.grid("Quantizations", { "variant", "resident", "bits a weight", "saved", "KL, nats [95 %]",
+    "KL per MiB saved", "top-1 agreement", "accuracy [95 % Wilson]" }, rows)
 end
 
 local function asked(section)
