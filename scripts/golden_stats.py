@@ -14,6 +14,7 @@ import numpy as np
 import scipy
 import scipy.stats
 import statsmodels
+from scipy.optimize import brentq
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import NormalIndPower, TTestPower
@@ -167,6 +168,55 @@ def newcombe():
         for confidence in (0.9, 0.95):
             low, high = confint_proportions_2indep(*v, *u, method="newcomb", compare="diff", alpha=1 - confidence)
             rows.append({"a": u, "b": v, "confidence": confidence, "low": float(low), "high": float(high)})
+    return rows
+
+
+def tango_limit(b, c, n, target):
+    """Difference b/n - c/n at which Tango's score is `target`; the nuisance share is the likelihood's own maximum."""
+
+    def score(d):
+        up, down, widest = max(d, 0.0), max(-d, 0.0), (1 - abs(d)) / 2
+
+        def slope(r):  # of the multinomial log likelihood with cells r + up, r + down, 1 - |d| - 2 r
+            return b / (r + up) + c / (r + down) - (n - b - c) / (widest - r)
+
+        inside = [1e-12 * widest, (1 - 1e-12) * widest]
+        if slope(inside[0]) <= 0 or slope(inside[1]) >= 0:
+            r = 0.0 if slope(inside[0]) <= 0 else widest
+        else:
+            r = brentq(slope, *inside, xtol=1e-16, rtol=1e-15)
+        return (b - c - n * d) / math.sqrt(n * (2 * (r + down) + d * (1 - d)))
+
+    estimate, nudge = (b - c) / n, 1e-9
+    if estimate == (1 if target < 0 else -1):  # nothing lies beyond
+        return estimate
+    low, high = (estimate + nudge, 1 - nudge) if target < 0 else (-1 + nudge, estimate - nudge)
+    return brentq(lambda d: score(d) - target, low, high, xtol=1e-15, rtol=1e-14)
+
+
+def tango():
+    """Score intervals of paired differences (Tango, Statist. Med. 17, 1998), solved by SciPy.
+
+    The first is a published one: Cavo et al. 2012 in Fagerland, Lydersen & Laake, Statistical Analysis of Contingency
+    Tables (2017), ch. 8: -0.0621 (-0.1240 to -0.0054), as their R package contingencytables 3.0.0 prints it too.
+    """
+    rows = []
+    counts = [(16, 6, 161), (0, 0, 240), (4, 5, 240), (10, 3, 79), (0, 6, 12), (20, 0, 20), (1, 0, 2), (900, 700, 14042)]
+    for right_wrong, wrong_right, n in counts:
+        for confidence in (0.9, 0.95, 0.99):
+            z = scipy.stats.norm.ppf(0.5 + confidence / 2)
+            low, high = (tango_limit(wrong_right, right_wrong, n, target) for target in (z, -z))
+            rows.append(
+                {
+                    "right_wrong": right_wrong,
+                    "wrong_right": wrong_right,
+                    "n": n,
+                    "confidence": confidence,
+                    "low": float(low),
+                    "high": float(high),
+                }
+            )
+    assert (round(rows[1]["low"], 4), round(rows[1]["high"], 4)) == (-0.1240, -0.0054)
     return rows
 
 
@@ -359,6 +409,7 @@ def main():
         "bootstrap_difference": bootstrap(),
         "binomial": binomial(),
         "newcombe": newcombe(),
+        "tango": tango(),
         "ratio": ratios(),
         "sign_flip": sign_flips(),
         "against_controls": against_controls(),

@@ -96,13 +96,13 @@ local function question_and_choices(row)
 end
 
 --- One model's answers of both runs to the questions that both asked; nil where there are none.
-local function paired_answers(pairs_list, m, seed)
+local function paired_answers(pairs_list, m)
   local a, b, gold = {}, {}, {}
   for i, pair in ipairs(pairs_list) do
     gold[i] = pair[1].doc.answer
     a[i], b[i] = pair[1].models[m].answer or false, pair[2].models[m].answer or false
   end
-  return document.paired(a, b, gold, seed)
+  return document.paired(a, b, gold)
 end
 
 local function label_of(x, y) return x == y and x or ("%s, %s"):format(x, y) end
@@ -131,13 +131,13 @@ local function accuracy(figures, x, y, answers, seed, m)
   if a.n == 0 or b.n == 0 then return end
   local figure = { task = x.task, of = label_of(a.label, b.label), name = "accuracy", a = a.accuracy,
     b = b.accuracy }
-  local comparison = answers and paired_answers(answers, m, seed)
+  local comparison = answers and paired_answers(answers, m)
   if comparison then
     local n = comparison.flips.n
     figure.a, figure.b = comparison.flips.right_a / n, comparison.flips.right_b / n
     figure.value, figure.comparison = comparison.difference, comparison
     figure.low, figure.high = comparison.difference_95[1], comparison.difference_95[2]
-    figure.method = ("paired bootstrap of the %d questions that both have"):format(n)
+    figure.method = ("Tango, of the %d questions that both have"):format(n)
   else
     figure.low, figure.high = stats.newcombe(a.correct, a.n, b.correct, b.n)
     figure.method = "Newcombe, the runs taken as independent"

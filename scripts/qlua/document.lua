@@ -154,7 +154,7 @@ end
 ---@class qlua.section_comparison  two models' answers to the same questions
 ---@field flips qlua.flips
 ---@field difference number      accuracy of the second - accuracy of the first
----@field difference_95 number[] {low, high}, paired bootstrap
+---@field difference_95 number[] {low, high}, stats.tango
 ---@field mcnemar_p number       exact, two-sided
 ---@field adjusted_p number      Holm's over all tasks of the section; mcnemar_p where there is only one
 ---@field established boolean    adjusted_p below 0.05
@@ -166,29 +166,26 @@ end
 
 --- Two evaluations of the same questions, without what Holm's correction decides; nil where nothing was
 --- scored.
-local function paired(first, second, seed)
+local function paired(first, second)
   local a, b, gold = {}, {}, {}
   for i, r in ipairs(first.results) do
     a[i], b[i], gold[i] = r.answer or false, second.results[i].answer or false, r.prepared.item.answer
   end
-  return document.paired(a, b, gold, seed)
+  return document.paired(a, b, gold)
 end
 
 --- The comparison of two lists of answers (false: none could be read); document.holm completes it.
 ---@param a (integer|false)[]
 ---@param b (integer|false)[]
 ---@param gold integer[]
----@param seed integer?
 ---@return qlua.section_comparison?  nil for empty lists
-function document.paired(a, b, gold, seed)
+function document.paired(a, b, gold)
   if #gold == 0 then return nil end
-  local right_a, right_b = {}, {}
-  for i, key in ipairs(gold) do right_a[i], right_b[i] = a[i] == key and 1 or 0, b[i] == key and 1 or 0 end
   local flips = stats.flips(a, b, gold)
   return {
     flips = flips,
     difference = (flips.wrong_right - flips.right_wrong) / flips.n,
-    difference_95 = json.array { stats.bootstrap_difference(right_a, right_b, { seed = seed }) },
+    difference_95 = json.array { stats.tango(flips.right_wrong, flips.wrong_right, flips.n) },
     mcnemar_p = stats.mcnemar(flips.right_wrong, flips.wrong_right),
     recovery = stats.recovery(flips.right_a / flips.n, flips.right_b / flips.n),
   }
@@ -246,14 +243,14 @@ local function outcome_of(run, o)
     control_metrics = o.control_metrics and metric_rows(o.control_metrics),
   }
   for m = 1, 2 do made.models[m] = model_of(o.evaluations[m], run.labels[m], generates, run.opts.seed) end
-  made.comparison = paired(o.evaluations[1], o.evaluations[2], run.opts.seed)
+  made.comparison = paired(o.evaluations[1], o.evaluations[2])
   if generates and made.comparison then
     made.comparison.words_per_minute_ratio = words_ratio(o.evaluations[1], o.evaluations[2], run.opts.seed)
   end
   local again = o.evaluations[3]
   if again then
     made.control_model = model_of(again, run.labels[1], generates, run.opts.seed)
-    made.control = paired(o.evaluations[1], again, run.opts.seed)
+    made.control = paired(o.evaluations[1], again)
   end
   return made
 end

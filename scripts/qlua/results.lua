@@ -5,6 +5,7 @@ local _ENV <const> = require "qlua.strict"
 
 local document = require "qlua.document"
 local perplexity = require "qlua.perplexity"
+local stats = require "qlua.stats"
 local tables = require "qlua.table"
 
 local results = {}
@@ -113,9 +114,9 @@ local function paired_lines(o)
   local c, flips = o.comparison, o.comparison.flips
   local reference, test = o.models[1], o.models[2]
   say(("%s: %s.\n"):format(o.task, c.sentence))
-  say(("  %s - %s %+.1f points [%+.1f, %+.1f], 95 %% paired bootstrap; exact McNemar p %s\n"):format(
-    test.label, reference.label, 100 * c.difference, 100 * c.difference_95[1], 100 * c.difference_95[2],
-    c.mcnemar_p < 0.001 and "< 0.001" or ("= %.3f"):format(c.mcnemar_p)))
+  say(("  %s - %s %+.1f points [%+.1f, %+.1f], 95 %% Tango; exact McNemar %s\n"):format(test.label,
+    reference.label, 100 * c.difference, 100 * c.difference_95[1], 100 * c.difference_95[2],
+    stats.p_text(c.mcnemar_p)))
   local n, changed = flips.n, flips.right_wrong + flips.wrong_right
   say(("  flips %s (%s): %d right only in %s, %d right only in %s; "):format(plural(changed, "question"),
     percent(changed, n), flips.right_wrong, reference.label, flips.wrong_right, test.label))

@@ -226,6 +226,40 @@ function stats.newcombe(k_a, n_a, k_b, n_b, confidence)
     b - a + math.sqrt((high_b - b) ^ 2 + (a - low_a) ^ 2)
 end
 
+--- Tango's score of the hypothesis that two paired shares differ by d; falls as d grows.
+local function tango_score(lost, won, n, d)
+  local linear, constant = -won - lost + (2 * n - won + lost) * d, -lost * d * (1 - d)
+  local share = (math.sqrt(math.max(0, linear * linear - 8 * n * constant)) - linear) / (4 * n)
+  local variance, distance = n * (2 * share + d * (1 - d)), won - lost - n * d
+  if variance <= 0 then return distance == 0 and 0 or distance > 0 and math.huge or -math.huge end
+  return distance / math.sqrt(variance)
+end
+
+--- Interval of the difference of two shares of the same questions by Tango's score test (Statistics in
+--- Medicine 17, 1998): the differences that the test does not reject.
+---
+--- This and not a bootstrap of the questions, which shrinks to nothing where no answer changed, though more
+--- questions may well bring a change: none of 240 still leaves room for 1.6 points either way.
+---@param right_wrong integer questions that only the first answers rightly
+---@param wrong_right integer questions that only the second answers rightly
+---@param n integer           all questions
+---@param confidence? number  default 0.95
+---@return number low, number high  of second - first
+function stats.tango(right_wrong, wrong_right, n, confidence)
+  if not (right_wrong >= 0 and wrong_right >= 0 and n > 0 and right_wrong + wrong_right <= n) then
+    error(("%s and %s of %s are not two shares"):format(right_wrong, wrong_right, n), 2)
+  end
+  local z, estimate = z_of(confidence, 2), (wrong_right - right_wrong) / n
+  local function limit(target, low, high)
+    for _ = 1, 60 do
+      local middle = (low + high) / 2
+      if tango_score(right_wrong, wrong_right, n, middle) > target then low = middle else high = middle end
+    end
+    return (low + high) / 2
+  end
+  return limit(z, -1, estimate), limit(-z, estimate, 1)
+end
+
 --- Probability of k heads among n fair coins. The halvings are spread over the product, so that nothing
 --- overflows and no logarithm is rounded: relative error about n * 1e-16.
 local function coin_probability(n, k)
@@ -387,7 +421,8 @@ local function options_of(options, level)
   return options or {}
 end
 
---- Percentile interval of what the resamples of paired lists say; nil where one of them divides by zero.
+--- Percentile interval of what the resamples of paired lists say; nil where one of them divides by zero, and
+--- where all say the same but for rounding, for then they cannot tell how far off it may be.
 local function interval(kind, lists, options)
   local _, confidence = z_of(options.confidence, 3)
   local drawn = resample.bootstrap(kind, lists, options.resamples or 10000, options.seed or 1)
@@ -395,13 +430,14 @@ local function interval(kind, lists, options)
     if value - value ~= 0 then return nil end
   end
   table.sort(drawn)
+  if drawn[#drawn] - drawn[1] <= 1e-12 * math.abs(drawn[1]) then return nil end
   return percentile_of_sorted(drawn, (1 - confidence) / 2), percentile_of_sorted(drawn, (1 + confidence) / 2)
 end
 
---- Percentile bootstrap interval of a mean.
+--- Percentile bootstrap interval of a mean; nil where all values are the same, as of a single one.
 ---@param values number[]
 ---@param options? qlua.bootstrap_options
----@return number low, number high
+---@return number? low, number? high
 function stats.bootstrap(values, options)
   return interval("mean", { checked(values, 1, 2) }, options_of(options, 2))
 end
@@ -417,11 +453,11 @@ local function differences(a, b, level)
 end
 
 --- Interval of mean(b) - mean(a) when a[i] and b[i] belong to the same question: whole questions are
---- redrawn.
+--- redrawn. nil where all differences are the same.
 ---@param a number[]
 ---@param b number[]
 ---@param options? qlua.bootstrap_options
----@return number low, number high
+---@return number? low, number? high
 function stats.bootstrap_difference(a, b, options)
   return stats.bootstrap(differences(a, b, 2), options)
 end
@@ -429,7 +465,7 @@ end
 --- A ratio and its interval; element i of every list belongs to the same question or the same pass. {a, b}
 --- is mean(a) / mean(b) (words and seconds) or, with `of` = "median", the medians' ratio (two models' seconds
 --- of a pass); {a, b, c, d} is the quotient of a / b and c / d (two models' words per minute). nil where a
---- divisor is 0; without low and high where one can be 0 in a resample.
+--- divisor is 0; without low and high where one can be 0 in a resample, or where all resamples are the same.
 ---@param lists number[][]  2 or 4
 ---@param options? qlua.bootstrap_options
 ---@return number? ratio, number? low, number? high
@@ -600,8 +636,8 @@ end
 ---@field name string?
 ---@field n integer
 ---@field difference number   mean(pair) - mean(control)
----@field low number          95 % paired bootstrap interval of it
----@field high number
+---@field low number?         95 % paired bootstrap interval of it; nil where all differences are the same
+---@field high number?
 ---@field p number            sign-flip test
 ---@field adjusted_p number   Holm's over the tests of one table; p where there is only one
 ---@field established boolean adjusted_p < level: the pair differs by more than noise

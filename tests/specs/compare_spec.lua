@@ -169,7 +169,7 @@ describe("qlua compare", function()
     local f = figure(assert(compare.runs(side("a", one, rows_one), side("b", two, rows_two))), "words/min")
     assert.equal(180.0, f.a)
     assert.equal(90.0, f.b)
-    assert.is_true(math.abs(f.value - 0.5) < 1e-12 and math.abs(f.low - 0.5) < 1e-12)
+    assert.is_true(math.abs(f.value - 0.5) < 1e-12 and f.low == nil) -- it is the same in every resample
     local kl = figure(assert(compare.runs(side("a", one, rows_one), side("b", two, rows_two))), "kl")
     assert.equal(3.0, kl.a) -- of the rows, and not what the section says
     assert.equal(3.0, kl.value)
@@ -268,15 +268,16 @@ describe("compare.runs", function()
       return { batch = 4, model = model, label = model == 1 and "full" or "nf4", peak = { resident = 1000 },
         seconds = { median = stats.median(samples), n = n, samples = samples } }
     end
+    local faster = point(1, 0.5, 9)
+    faster.seconds.samples[4] = 0.515
     local a, b = sides { { kind = "sweep", task = "s", points = { point(1, 1.0, 9), point(2, 1.0, 9),
       { batch = 8, model = 1, label = "full", oom = "no room" } } },
-      { kind = "sweep", task = "s", points = { point(1, 0.5, 9), point(2, 0.25, 7),
+      { kind = "sweep", task = "s", points = { faster, point(2, 0.25, 7),
         { batch = 8, model = 1, label = "full", oom = "no room" } } } }
     local result = assert(compare.runs(a, b))
     local full, nf4 = figure(result, "median seconds", "full"), figure(result, "median seconds", "nf4")
     assert.is_true(math.abs(full.value - 0.5) < 1e-12)
-    -- the ratio is the same in every resample
-    assert.is_true(math.abs(full.low - 0.5) < 1e-12 and math.abs(full.high - 0.5) < 1e-12)
+    assert.is_true(full.low > 0.49 and full.low < 0.5 and full.high >= 0.5 and full.high < 0.51)
     assert.is_true(nf4.value < 0.26 and nf4.low == nil)
     assert.equal(1.0, figure(result, "peak bytes", "full").value)
     assert.equal(4, #result.sections[1].figures)
@@ -287,7 +288,7 @@ describe("compare.runs", function()
       return { kind = "metrics", task = "s", set = "k", pair = { { name = "kl", value = stats.mean(values),
         stderr = stats.stderr(values), n = #values } } }
     end
-    local one, two = { 0.1, 0.2, 0.3, 0.9 }, { 0.2, 0.3, 0.4 }
+    local one, two = { 0.1, 0.2, 0.3, 0.9 }, { 0.2, 0.3, 0.7 }
     local function rows(values)
       local list = {}
       for i, value in ipairs(values) do list[i] = { question = "q" .. i, values = { kl = value } } end
@@ -295,11 +296,11 @@ describe("compare.runs", function()
     end
     local paired = figure(assert(compare.runs(sides({ section(one), section(two) },
       { rows(one), rows(two) }))), "kl")
-    assert.is_true(math.abs(paired.value - 0.1) < 1e-12 and math.abs(paired.a - 0.2) < 1e-12)
-    assert.is_true(math.abs(paired.low - 0.1) < 1e-12 and math.abs(paired.high - 0.1) < 1e-12)
+    assert.is_true(math.abs(paired.value - 0.2) < 1e-12 and math.abs(paired.a - 0.2) < 1e-12)
+    assert.is_true(math.abs(paired.low - 0.1) < 1e-12 and math.abs(paired.high - 0.4) < 1e-12)
     local alone = figure(assert(compare.runs(sides { section(one), section(two) })), "kl")
     local half = stats.normal_quantile(0.975) * math.sqrt(stats.stderr(one) ^ 2 + stats.stderr(two) ^ 2)
-    assert.is_true(math.abs(alone.value - (0.3 - 0.375)) < 1e-12)
+    assert.is_true(math.abs(alone.value - (0.4 - 0.375)) < 1e-12)
     assert.is_true(math.abs(alone.high - alone.low - 2 * half) < 1e-12)
   end)
 
@@ -324,7 +325,7 @@ describe("compare.runs", function()
       rows { { 0.25, 0.9 }, { 0.5, 0.9 } } })))
     assert.equal(1, #result.sections[1].figures)
     local f = figure(result, "overlap")
-    assert.same({ "warm", 0.625, 0.375, -0.25, -0.25, -0.25 }, { f.task, f.a, f.b, f.value, f.low, f.high })
+    assert.same({ "warm", 0.625, 0.375, -0.25 }, { f.task, f.a, f.b, f.value })
     f = figure(assert(compare.runs(sides { section({ "warm" }, { 0.5 }), section({ "warm" }, { 0.25 }) })),
       "overlap")
     assert.equal(-0.25, f.value)

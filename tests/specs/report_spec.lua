@@ -65,25 +65,6 @@ describe("markup", function()
 end)
 
 describe("the verdict", function()
-  it("has an interval that does not vanish where nothing changed", function()
-    local z2 = 1.959963984540054 ^ 2
-    for _, n in ipairs { 5, 79, 14042 } do
-      local low, high = verdict.interval(0, 0, n)
-      assert.near(-z2 / (n + z2), low, 1e-9) -- the score's closed form
-      assert.near(z2 / (n + z2), high, 1e-9)
-    end
-    local low, high = verdict.interval(20, 13, 79)
-    local again_low, again_high = verdict.interval(13, 20, 79)
-    assert.near(-again_high, low, 1e-9)
-    assert.near(-again_low, high, 1e-9)
-    -- large samples: the normal interval
-    low, high = verdict.interval(900, 700, 14042)
-    local d, se = -200 / 14042, math.sqrt(1600 - 200 ^ 2 / 14042) / 14042
-    assert.near(d - 1.96 * se, low, 2e-5)
-    assert.near(d + 1.96 * se, high, 2e-5)
-    assert.equal(-1, (verdict.interval(10, 0, 10)))
-  end)
-
   it("says quantize only where a loss beyond the margin is ruled out", function()
     local doc = asked(answered(900, 12, 10, 300))
     local v = verdict.of { doc }

@@ -103,7 +103,7 @@ local function accuracy_table(outcomes, labels)
       c.questions_needed and parts.cell(c.questions_needed) or { text = "–" } }
   end
   return parts.grid("Accuracy by task", { "task", "n", labels[1] .. " % [95 % Wilson]", labels[2]
-    .. " % [95 % Wilson]", "difference, points [95 % bootstrap]", "McNemar p", "adjusted p", "flips",
+    .. " % [95 % Wilson]", "difference, points [95 % Tango]", "McNemar p", "adjusted p", "flips",
     "questions for 80 % power" }, rows)
 end
 

@@ -15,35 +15,6 @@ verdict.MARGIN = 2
 
 local LEVEL <const> = 0.05
 
---- Tango's score interval of a paired difference of shares (Statist. Med. 17, 1998). Unlike a bootstrap it
---- does not shrink to nothing where no answer changed.
----@param right_wrong integer questions that only the first answers rightly
----@param wrong_right integer
----@param n integer
----@return number low, number high  of second - first
-function verdict.interval(right_wrong, wrong_right, n)
-  local b, c = wrong_right, right_wrong
-  local z = stats.normal_quantile(0.975)
-  local function score(d)
-    local linear, constant = -b - c + (2 * n - b + c) * d, -c * d * (1 - d)
-    local share = (math.sqrt(math.max(0, linear * linear - 8 * n * constant)) - linear) / (4 * n)
-    local variance = n * (2 * share + d * (1 - d))
-    local distance = b - c - n * d
-    if variance <= 0 then return distance == 0 and 0 or distance > 0 and math.huge or -math.huge end
-    return distance / math.sqrt(variance)
-  end
-  -- the score falls as d grows
-  local function limit(target, low, high)
-    for _ = 1, 60 do
-      local middle = (low + high) / 2
-      if score(middle) > target then low = middle else high = middle end
-    end
-    return (low + high) / 2
-  end
-  local estimate = (b - c) / n
-  return limit(z, -1, estimate), limit(-z, estimate, 1)
-end
-
 --- "about 250": two digits, rounded up.
 local function about(n)
   local unit = 10 ^ math.max(0, math.floor(math.log(n, 10)) - 1)
@@ -120,7 +91,7 @@ local function complete(pool)
   pool.n = f.n
   pool.full, pool.quantized = share_of(f.right_a, f.n), share_of(f.right_b, f.n)
   pool.difference = (f.wrong_right - f.right_wrong) / f.n
-  pool.low, pool.high = verdict.interval(f.right_wrong, f.wrong_right, f.n)
+  pool.low, pool.high = stats.tango(f.right_wrong, f.wrong_right, f.n)
   pool.mcnemar_p = stats.mcnemar(f.right_wrong, f.wrong_right)
   if pool.controlled > 0 then
     local again = pool.again
