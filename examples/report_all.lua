@@ -8,10 +8,7 @@
 
 local cli = require "qlua.cli"
 local experiment = require "qlua.experiment"
-local runs = require "qlua.runs"
 local study = require "qlua.study"
-local tables = require "qlua.table"
-local verdict = require "qlua.report.verdict"
 
 local NAME <const> = "report_all.lua"
 --- Which options each part takes beside those of the models, and what --quick makes of it.
@@ -67,47 +64,14 @@ local function words_of(part)
   return words
 end
 
---- How a part ended; nil for one that Ctrl-C came before.
-local function ending(part)
-  if not part then return "not begun" end
-  if part.ok then return opts.dry_run and "fits" or "finished" end
-  return part.interrupted and "interrupted: run this again to go on" or "failed: " .. part.message
-end
-
---- Which parts did what, and the answer of the page that their runs are on.
-local function summary(parts)
-  local t = tables.new { "part", "outcome" }
-  for _, name in ipairs(names) do
-    if chosen[name] then t:add(name, ending(parts[name])) end
-  end
-  io.stdout:write("\n", t:text())
-  if opts.dry_run then return end
-  if opts.no_output then
-    io.stdout:write "\nno report: --no_output\n"
-    return
-  end
-  local store <close> = runs.open(opts.output_path)
-  local docs = store and runs.newest(store) or {}
-  if #docs == 0 then return end
-  local v = verdict.of(docs)
-  io.stdout:write("\n", v.headline, " ", v.because, "\n")
-  for _, sentence in ipairs(v.evidence) do io.stdout:write("  ", sentence, "\n") end
-  for _, check in ipairs(v.unfair) do io.stdout:write("  unfair: ", check.reason or check.text, "\n") end
-  io.stdout:write("\nwrote ", opts.output_path, "/report.html\n")
-end
-
-local done, ok, interrupted = {}, true, false
-do
-  local all <close> = study.begin()
-  experiment.open(NAME, opts, { several = true }):close() -- what no part could run with ends the study here
-  for _, part in ipairs(PARTS) do
-    local name = part[1]
-    if chosen[name] and not interrupted then
-      io.stdout:write(next(done) and "\n" or "", "== ", name, "\n\n")
-      local one = all:run(("%s/%s.lua"):format(arg[0]:match "^(.*)/" or ".", name), words_of(part))
-      done[name], ok, interrupted = one, ok and one.ok, one.interrupted
-    end
+local all <close> = study.begin()
+experiment.open(NAME, opts, { several = true }):close() -- what no part could run with ends the study here
+for _, part in ipairs(PARTS) do
+  if chosen[part[1]] then
+    all:run(part[1], ("%s/%s.lua"):format(arg[0]:match "^(.*)/" or ".", part[1]), words_of(part))
   end
 end
-summary(done)
-os.exit(interrupted and 130 or ok and 0 or 1, true)
+io.stdout:write("\n", all:outcomes())
+local answer = opts.output_path and study.verdict(opts.output_path)
+if answer then io.stdout:write("\n", answer, "\nwrote ", opts.output_path, "/report.html\n") end
+os.exit(all:code(), true)
