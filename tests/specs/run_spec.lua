@@ -70,7 +70,8 @@ local function findings(path)
     parts[#parts + 1] = json.encode(timeless(section))
     local sets = { section.set }
     for _, outcome in ipairs(section.outcomes or {}) do sets[#sets + 1] = outcome.set end
-    assert.is_true(#sets > 0 or section.kind == "variants", section.kind .. " names no rows")
+    local of_variants = section.kind == "variants" or section.kind == "sensitivity"
+    assert.is_true(#sets > 0 or of_variants, section.kind .. " names no rows")
     for _, set in ipairs(sets) do
       for _, row in ipairs(assert(kept:run_rows(run.id, set))) do
         parts[#parts + 1] = row[1] .. " " .. json.encode(timeless(json.decode(row[2])))
@@ -219,7 +220,8 @@ end)
 describe("an experiment that is killed", function()
   local CASES <const> = {
     "jaccard.lua --limit 160 --batch_size 2", "mmlu.lua --limit 40 --batch_size 2",
-    "codebook.lua --limit 40 --batch_size 4",
+    "codebook.lua --limit 40 --batch_size 4", "nucleus.lua --limit 160 --batch_size 2",
+    "sensitivity.lua --by kind --limit 20",
     ("perplexity.lua --context 128 --text README.md --model %s"):format(DEMO),
   }
 
