@@ -638,6 +638,19 @@ static void metrics(void **state)
      * nucleus takes 1,024 tokens with their logits of each of 12 rows. */
     assert_true(far_seen.bytes < ROWS * 2 * 1024 * 8 + 12000);
 
+    /* What a nucleus weighs in the other's distribution needs the rows themselves. */
+    ql_nucleus_pair near_pairs[ROWS * 2] = {0}, far_pairs[ROWS * 2] = {0};
+    const double top_ps[] = {0.5, 0.95}, warm = 0.7;
+    OK(ql_metrics_nuclei(&a, &b, top_ps, 2, &warm, 1, near_pairs, &error));
+    OK(ql_metrics_nuclei(&c, &d, top_ps, 2, &warm, 1, far_pairs, &error));
+    for (int i = 0; i < ROWS * 2; i++) {
+        for (int m = 0; m < 2; m++) {
+            assert_true(near_pairs[i].size[m] == far_pairs[i].size[m]);
+            assert_true(near_pairs[i].mass[m] == far_pairs[i].mass[m]);
+        }
+        assert_true(near_pairs[i].overlap == far_pairs[i].overlap);
+    }
+
     /* A flat row's nucleus is larger than that list: then, and only then, rows travel. */
     for (int i = 0; i < ROWS * COLS; i++) x[i] = (float)(i % 7) * 0.01f;
     OK(ql_tensor_upload(&a, x, sizeof x, &error));
