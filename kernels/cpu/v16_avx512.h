@@ -147,9 +147,18 @@ QK_INLINE v16 v16_lut4(const uint8_t *p, v16 lut)
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(x, shift), lut);
 }
 
+/* As assembler text, because the rest of this file must run without VBMI. */
+#ifndef v16_multishift
+QK_INLINE __m512i v16_multishift(__m512i from, __m512i bytes)
+{
+    __m512i x;
+    __asm__("vpmultishiftqb %2, %1, %0" : "=v"(x) : "v"(from), "v"(bytes));
+    return x;
+}
+#endif
+
 /* The same in one step where the processor has AVX-512 VBMI, which the caller has checked: qword i of the
- * result takes 8 bits from bit 8i + 4 into its low lane and from bit 8i into its high one. As assembler text,
- * because the rest of this file must run without VBMI. */
+ * result takes 8 bits from bit 8i + 4 into its low lane and from bit 8i into its high one. */
 #define V16_HAS_VBMI 1
 QK_INLINE v16 v16_lut4_vbmi(const uint8_t *p, v16 lut)
 {
@@ -157,9 +166,7 @@ QK_INLINE v16 v16_lut4_vbmi(const uint8_t *p, v16 lut)
                                           4); /* in byte 0 of each lane */
     uint64_t bytes;
     memcpy(&bytes, p, sizeof bytes);
-    __m512i x;
-    __asm__("vpmultishiftqb %2, %1, %0" : "=v"(x) : "v"(from), "v"(_mm512_set1_epi64((long long)bytes)));
-    return _mm512_permutexvar_ps(x, lut);
+    return _mm512_permutexvar_ps(v16_multishift(from, _mm512_set1_epi64((long long)bytes)), lut);
 }
 
 QK_INLINE float v16_hsum(v16 v)
