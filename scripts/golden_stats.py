@@ -17,8 +17,8 @@ import statsmodels
 from scipy.optimize import brentq
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import NormalIndPower, TTestPower
-from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint, proportion_effectsize
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 SHARES = [0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0]
 
@@ -140,21 +140,6 @@ def bootstrap():
                 "low": float(low),
                 "high": float(high),
                 "tolerance": float(4 * ends.std(0).max() + step),
-            }
-        )
-    return rows
-
-
-def binomial():
-    rows = []
-    for k, n, p in [(0, 5, 0.5), (3, 10, 0.5), (45, 79, 0.25), (60, 160, 0.25), (38, 79, 0.25), (7, 7, 0.5)]:
-        rows.append(
-            {
-                "k": k,
-                "n": n,
-                "p": p,
-                "two_sided": float(scipy.stats.binomtest(k, n, p).pvalue),
-                "greater": float(scipy.stats.binomtest(k, n, p, alternative="greater").pvalue),
             }
         )
     return rows
@@ -371,15 +356,6 @@ def questions_needed_mean():
     return rows
 
 
-def questions_needed_each():
-    rows = []
-    for a, b in [(0.5, 0.6), (0.481, 0.57), (0.9, 0.95), (0.0, 0.1), (0.65, 0.64)]:
-        for power, level in [(0.8, 0.05), (0.9, 0.01)]:
-            n = NormalIndPower().solve_power(effect_size=proportion_effectsize(b, a), alpha=level, power=power)
-            rows.append({"a": a, "b": b, "power": power, "level": level, "n": float(n)})
-    return rows
-
-
 def normal():
     p = [1e-10, 1e-4, 0.005, 0.025, 0.2, 0.5, 0.8, 0.9, 0.95, 0.975, 0.995, 1 - 1e-6]
     x = [-8.0, -3.0, -1.959963984540054, -0.5, 0.0, 1.0, 2.5, 6.0]
@@ -407,7 +383,6 @@ def main():
         "summary": summaries(),
         "covariance": covariances(),
         "bootstrap_difference": bootstrap(),
-        "binomial": binomial(),
         "newcombe": newcombe(),
         "tango": tango(),
         "ratio": ratios(),
@@ -415,7 +390,6 @@ def main():
         "against_controls": against_controls(),
         "questions_needed": questions_needed(),
         "questions_needed_mean": questions_needed_mean(),
-        "questions_needed_each": questions_needed_each(),
         "normal": normal(),
     }
     parts = []

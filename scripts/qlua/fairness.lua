@@ -10,6 +10,7 @@ local _ENV <const> = require "qlua.strict"
 
 local json = require "qlua.json"
 local machine = require "qlua.machine"
+local plural = require("qlua.text").plural
 local stats = require "qlua.stats"
 local table_text = require "qlua.table"
 
@@ -78,8 +79,6 @@ function fairness.drift(points, seed)
 end
 
 local function percent(share) return ("%.1f %%"):format(100 * share) end
-
-local function plural(n, word) return ("%d %s%s"):format(n, word, n == 1 and "" or "s") end
 
 local function bytes(n) return table_text.bytes(n) end
 
@@ -261,8 +260,7 @@ function checks.device(facts)
   local load = facts.load
   if facts.device.name == "cpu" then return nil end
   if not load.neighbours then return "others on the device: not known, its driver does not tell" end
-  local text = ("%d other%s may compute on it"):format(load.neighbours,
-    load.neighbours == 1 and " process" or " processes")
+  local text = plural(load.neighbours, "other process", "other processes") .. " may compute on it"
   if load.neighbours > 0 then
     return text, false, ("%s shared %s, which is not divided as processors are"):format(
       plural(load.neighbours, "other program"), facts.device.name)

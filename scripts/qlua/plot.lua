@@ -167,7 +167,7 @@ local function mmlu(section, style)
     rows[#rows + 1] = {}
     rows[#rows + 1] = { ("and %d tasks more"):format(#section.outcomes - TASKS) }
   end
-  return plot.bars("right answers, 0 to 100 % (guessing: 25 %)", rows, 1, style)
+  return plot.bars("right answers, % (guessing: 25 %)", rows, 1, style)
 end
 
 local DRAW <const> = { sweep = sweep, metrics = metrics, mmlu = mmlu }

@@ -6,6 +6,7 @@
 
 local _ENV <const> = require "qlua.strict"
 
+local plural = require("qlua.text").plural
 local resample = require("qlua.core").resample
 
 local stats = {}
@@ -537,21 +538,10 @@ function stats.questions_needed_mean(difference, sd, power, level)
   return math.ceil(math.max(((z_level + z_power) * sd / difference) ^ 2 + z_level ^ 2 / 2, least))
 end
 
---- Questions that each of two runs needs to show a difference of two independent shares (Cohen's arcsine
---- effect size, 1988); nil where they are equal.
----@param a number
----@param b number
----@param power? number      default 0.8
----@param level? number      two-sided, default 0.05
----@return integer?
-function stats.questions_needed_each(a, b, power, level)
-  if a == b then return nil end
-  local z_level, z_power = power_of(power, level)
-  local effect = 2 * (math.asin(math.sqrt(b)) - math.asin(math.sqrt(a)))
-  return math.ceil(2 * ((z_level + z_power) / effect) ^ 2)
-end
-
-local function rounded_up(n)
+--- A number of questions as it is said: two digits, rounded up.
+---@param n integer
+---@return integer
+function stats.rounded_up(n)
   local unit = 10 ^ math.max(0, math.floor(math.log(n, 10)) - 1)
   return math.tointeger(math.ceil(n / unit) * unit) or n
 end
@@ -563,11 +553,11 @@ function stats.p_text(p) return p < 0.001 and "p < 0.001" or ("p = %.3f"):format
 
 --- "not established at n = 79 (exact McNemar p = 0.092); about 180 questions would show a difference of this
 --- size at 80 % power".
-local function established_text(established, n, why, needed, unit)
-  local text = ("%s at n = %s (%s)"):format(established and "established" or "not established", n, why)
+local function established_text(established, n, why, needed)
+  local text = ("%s at n = %d (%s)"):format(established and "established" or "not established", n, why)
   if established or not needed then return text end
-  return ("%s; about %d %s would show a difference of this size at 80 %% power"):format(text,
-    rounded_up(needed), unit or "questions")
+  return ("%s; about %d questions would show a difference of this size at 80 %% power"):format(text,
+    stats.rounded_up(needed))
 end
 
 ---@class qlua.comparison
@@ -594,8 +584,8 @@ function stats.compare(flips, p, level)
     needed = stats.questions_needed(b / n, c / n, 0.8, level),
   }
   if b == c then
-    result.sentence = ("no difference at n = %d: each model alone is right on %d question%s"):format(
-      n, b, b == 1 and "" or "s")
+    result.sentence = ("no difference at n = %d: %s"):format(n, b == 0
+      and "both are right on the same questions" or "each model alone is right on " .. plural(b, "question"))
   else
     result.sentence = ("difference of %+.1f points "):format(100 * result.difference)
       .. established_text(result.established, n, p_name .. " " .. stats.p_text(p),
@@ -604,35 +594,7 @@ function stats.compare(flips, p, level)
   return result
 end
 
----@class qlua.independent_comparison
----@field n integer[]         questions of each run
----@field difference number   share_b - share_a
----@field low number          Newcombe's 95 % interval of it
----@field high number
----@field established boolean the interval leaves 0 out
----@field needed integer?     questions of each run, for 80 % power
----@field sentence string
-
---- Whether two shares of right answers to different questions differ.
----@param k_a integer
----@param n_a integer
----@param k_b integer
----@param n_b integer
----@return qlua.independent_comparison
-function stats.compare_independent(k_a, n_a, k_b, n_b)
-  local low, high = stats.newcombe(k_a, n_a, k_b, n_b)
-  local a, b = k_a / n_a, k_b / n_b
-  local result = { n = { n_a, n_b }, difference = b - a, low = low, high = high,
-    established = low > 0 or high < 0, needed = stats.questions_needed_each(a, b) }
-  result.sentence = a == b and ("no difference at n = %d and %d"):format(n_a, n_b)
-    or ("difference of %+.1f points "):format(100 * (b - a))
-      .. established_text(result.established, ("%d and %d"):format(n_a, n_b),
-        ("different questions, [%+.1f, %+.1f]"):format(100 * low, 100 * high), result.needed,
-        "questions each")
-  return result
-end
-
----@class qlua.control_test
+---@class qlua.control_test   of a metric of two models and its noise floor
 ---@field name string?
 ---@field n integer
 ---@field difference number   mean(pair) - mean(control)
@@ -644,17 +606,8 @@ end
 ---@field questions_needed integer?  for 80 % power, if the differences seen are typical
 ---@field sentence string
 
---- Whether a metric of two models differs from its noise floor, the same metric of the full model against
---- itself: values of the same questions in the same order.
----@param pair number[]
----@param control number[]
----@param options? qlua.bootstrap_options
----@return qlua.control_test
-function stats.against_control(pair, control, options)
-  return stats.against_controls({ { values = pair, control = control } }, options)[1]
-end
-
---- The same for every metric of a table, with Holm's correction over all of them.
+--- Whether metrics of two models differ from their noise floors, the same metrics of the full model against
+--- itself: values of the same questions in the same order. Holm's correction over all of them.
 ---@param list { name: string?, values: number[], control: number[] }[]
 ---@param options? qlua.bootstrap_options
 ---@return qlua.control_test[]

@@ -1,4 +1,5 @@
---- Text as people count it: white space and columns. All functions take any bytes, valid UTF-8 or not.
+--- Text as people count it: white space, columns, how many of a thing there are. All functions take any
+--- bytes, valid UTF-8 or not.
 
 local _ENV <const> = require "qlua.strict"
 
@@ -116,5 +117,12 @@ function text.width(s)
   end
   return columns
 end
+
+--- "1 question", "12 questions", "2 passes".
+---@param n integer
+---@param one string
+---@param many? string  default: `one` with an s
+---@return string
+function text.plural(n, one, many) return ("%d %s"):format(n, n == 1 and one or many or one .. "s") end
 
 return text

@@ -94,8 +94,7 @@ function parts.chart(f)
       f.table } }
 end
 
---- "1 question", "12 questions"
-function parts.plural(n, word) return ("%d %s%s"):format(n, word, n == 1 and "" or "s") end
+parts.plural = require("qlua.text").plural
 
 --- Seconds in the unit that suits `largest` of an axis or a table.
 ---@param largest number

@@ -15,12 +15,6 @@ verdict.MARGIN = 2
 
 local LEVEL <const> = 0.05
 
---- "about 250": two digits, rounded up.
-local function about(n)
-  local unit = 10 ^ math.max(0, math.floor(math.log(n, 10)) - 1)
-  return ("%d"):format(math.ceil(n / unit) * unit)
-end
-
 --- "-8.9", with the true minus sign.
 ---@param share number
 ---@param digits? integer
@@ -218,7 +212,8 @@ local function pool_sentence(pool, test)
     if pool.p < LEVEL then
       said = said .. ", for the full model differs from itself by as much"
     elseif pool.needed and pool.needed > pool.n then
-      said = said .. ("; about %s questions would show one of this size"):format(about(pool.needed))
+      said = said .. ("; about %d questions would show one of this size"):format(
+        stats.rounded_up(pool.needed))
     end
   end
   if pool.control then
