@@ -10,6 +10,7 @@ local document = require "qlua.document"
 local facts = require "qlua.compare.facts"
 local failure = require "qlua.failure"
 local json = require "qlua.json"
+local plural = require("qlua.text").plural
 local stats = require "qlua.stats"
 
 local compare = {}
@@ -68,6 +69,15 @@ local function add_with_errors(figures, figure, error_a, error_b)
   add(figures, figure)
 end
 
+--- Shares of right answers that were not paired.
+local function add_shares(figures, figure, a, b)
+  if a.n == 0 or b.n == 0 then return end
+  figure.a, figure.b = a.accuracy, b.accuracy
+  figure.low, figure.high = stats.newcombe(a.correct, a.n, b.correct, b.n)
+  figure.method = "Newcombe, the runs taken as independent"
+  add(figures, figure)
+end
+
 --- Rows by what was asked; a question that stands in a file twice is told apart by a count.
 local function by_question(rows, text_of)
   local map, seen = {}, {}
@@ -110,17 +120,16 @@ local function label_of(x, y) return x == y and x or ("%s, %s"):format(x, y) end
 --- Words per minute of one model in both runs, over the questions that both asked; nil where times are not
 --- known by question.
 local function paired_words(pairs_list, m, seed)
-  local lists = { {}, {}, {}, {} } -- words and seconds of the second run, then of the first
+  local answers = { {}, {} } -- of the second run, then of the first
   for i, pair in ipairs(pairs_list) do
-    local a, b = pair[1].models[m], pair[2].models[m]
-    if not (a.words and a.seconds and b.words and b.seconds) then return nil end
-    lists[1][i], lists[2][i], lists[3][i], lists[4][i] = b.words, b.seconds, a.words, a.seconds
+    answers[1][i], answers[2][i] = pair[2].models[m], pair[1].models[m]
   end
-  if #lists[1] == 0 then return nil end
+  local lists = document.by_batch(answers)
+  if not lists then return nil end
   local ratio, low, high = stats.bootstrap_ratio(lists, { seed = seed })
   local function rate(words, seconds) return 60 * stats.sum(words) / stats.sum(seconds) end
   return ratio and { a = rate(lists[3], lists[4]), b = rate(lists[1], lists[2]), value = ratio, low = low,
-    high = high, method = ("paired bootstrap of the %d questions that both have"):format(#lists[1]) }
+    high = high, method = low and ("bootstrap of %d batches"):format(#lists[1]) }
 end
 
 local SPEEDS <const> = { { "words_per_minute", "words/min" },
@@ -128,21 +137,18 @@ local SPEEDS <const> = { { "words_per_minute", "words/min" },
 
 local function accuracy(figures, x, y, answers, seed, m)
   local a, b = x.models[m], y.models[m]
-  if a.n == 0 or b.n == 0 then return end
-  local figure = { task = x.task, of = label_of(a.label, b.label), name = "accuracy", a = a.accuracy,
-    b = b.accuracy }
+  local figure = { task = x.task, of = label_of(a.label, b.label), name = "accuracy" }
   local comparison = answers and paired_answers(answers, m)
   if comparison then
     local n = comparison.flips.n
     figure.a, figure.b = comparison.flips.right_a / n, comparison.flips.right_b / n
     figure.value, figure.comparison = comparison.difference, comparison
     figure.low, figure.high = comparison.difference_95[1], comparison.difference_95[2]
-    figure.method = ("Tango, of the %d questions that both have"):format(n)
+    figure.method = ("Tango, of the %s that both have"):format(plural(n, "question"))
+    add(figures, figure)
   else
-    figure.low, figure.high = stats.newcombe(a.correct, a.n, b.correct, b.n)
-    figure.method = "Newcombe, the runs taken as independent"
+    add_shares(figures, figure, a, b)
   end
-  add(figures, figure)
   for _, speed in ipairs(SPEEDS) do
     local rate = answers and speed[1] == "words_per_minute" and a.words and paired_words(answers, m, seed)
       or { a = a[speed[1]], b = b[speed[1]] }
@@ -179,7 +185,8 @@ local function metrics_figures(figures, rows_a, rows_b, task, of, matched, seed)
     if #a > 0 then
       local low, high = stats.bootstrap_difference(a, b, { seed = seed })
       add(figures, { task = task, of = of, name = row.name, a = stats.mean(a), b = stats.mean(b), low = low,
-        high = high, method = ("paired bootstrap of the %d questions that both have"):format(#a) })
+        high = high, method = low and ("paired bootstrap of the %s that both have"):format(
+          plural(#a, "question")) })
     elseif other then
       add_with_errors(figures, { task = task, of = of, name = row.name, a = row.value, b = other.value },
         row.stderr, other.stderr)
@@ -316,12 +323,7 @@ function by_kind.variants(x, y)
       for _, key in ipairs { "kl", "agreement" } do
         metrics_figures(figures, { row[key] }, { other[key] }, nil, row.label)
       end
-      local p, q = row.accuracy, other.accuracy
-      if p.n > 0 and q.n > 0 then
-        local low, high = stats.newcombe(p.correct, p.n, q.correct, q.n)
-        add(figures, { of = row.label, name = "accuracy", a = p.accuracy, b = q.accuracy, low = low,
-          high = high, method = "Newcombe, the runs taken as independent" })
-      end
+      add_shares(figures, { of = row.label, name = "accuracy" }, row.accuracy, other.accuracy)
     end
   end
   return figures

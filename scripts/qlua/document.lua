@@ -98,7 +98,7 @@ end
 ---@field decode_tokens integer?                  generation, as the next three
 ---@field words integer?
 ---@field words_per_minute number?
----@field words_per_minute_95 number[]?           {low, high}, bootstrap of the questions
+---@field words_per_minute_95 number[]?           {low, high}, bootstrap of the batches
 ---@field decode_tokens_per_second number?
 ---@field prefill_tokens_per_second number?
 ---@field kernels string[]
@@ -107,22 +107,45 @@ local function rate(amount, seconds, unit)
   return amount and seconds and seconds > 0 and unit * amount / seconds or nil
 end
 
---- Words and seconds of every answer; nil where a batch's time is not known by question.
-local function words_and_seconds(evaluation)
-  local words, seconds = {}, {}
-  for i, r in ipairs(evaluation.results) do
-    if not (r.words and r.seconds) then return nil end
-    words[i], seconds[i] = r.words, r.seconds
+--- Words and seconds by batch of answers of one or two runs to the same questions: { words, seconds, words,
+--- seconds }. A batch's time is shared equally by its answers, so that equal seconds tell its members; who
+--- redrew answers would take one batch's luck for as many independent ones. Where the runs had other batches,
+--- the larger ones count. nil where times are not known.
+---@param answers { words: integer?, seconds: number? }[][]
+---@return number[][]?
+function document.by_batch(answers)
+  local fewest, batches
+  for _, list in ipairs(answers) do
+    local seen, count = {}, 0
+    for _, r in ipairs(list) do
+      if not (r.words and r.seconds) then return nil end
+      if not seen[r.seconds] then seen[r.seconds], count = true, count + 1 end
+    end
+    if not fewest or count < fewest then fewest, batches = count, list end
   end
-  if #words > 0 then return words, seconds end
+  if fewest == 0 then return nil end
+  local sums, place, n = {}, {}, 0
+  for k = 1, 2 * #answers do sums[k] = {} end
+  for i, r in ipairs(batches) do
+    if not place[r.seconds] then
+      n = n + 1
+      place[r.seconds] = n
+      for _, sum in ipairs(sums) do sum[n] = 0 end
+    end
+    local at = place[r.seconds]
+    for side, list in ipairs(answers) do
+      local words, seconds = sums[2 * side - 1], sums[2 * side]
+      words[at], seconds[at] = words[at] + list[i].words, seconds[at] + list[i].seconds
+    end
+  end
+  return sums
 end
 
 --- Words per minute of the second model / those of the first, with their interval.
 local function words_ratio(first, second, seed)
-  local words_a, seconds_a = words_and_seconds(first)
-  local words_b, seconds_b = words_and_seconds(second)
-  if not (words_a and words_b) then return nil end
-  local ratio, low, high = stats.bootstrap_ratio({ words_b, seconds_b, words_a, seconds_a }, { seed = seed })
+  local lists = document.by_batch { second.results, first.results }
+  if not lists then return nil end
+  local ratio, low, high = stats.bootstrap_ratio(lists, { seed = seed })
   return ratio and { value = ratio, low = low, high = high }
 end
 
@@ -142,9 +165,9 @@ local function model_of(evaluation, label, generates, seed)
     model.words, model.decode_tokens = evaluation.words, evaluation.decode_tokens
     model.words_per_minute = rate(evaluation.words, evaluation.seconds, 60)
     model.decode_tokens_per_second = rate(evaluation.decode_tokens, evaluation.decode_seconds, 1)
-    local words, seconds = words_and_seconds(evaluation)
-    if words then
-      local _, low, high = stats.bootstrap_ratio({ words, seconds }, { seed = seed })
+    local lists = document.by_batch { evaluation.results }
+    if lists then
+      local _, low, high = stats.bootstrap_ratio(lists, { seed = seed })
       model.words_per_minute_95 = low and json.array { 60 * low, 60 * high }
     end
   end
@@ -162,7 +185,7 @@ end
 ---@field sentence string
 ---@field recovery number?       accuracy of the second / accuracy of the first
 ---@field words_per_minute_ratio { value: number, low: number?, high: number? }?  second / first; bootstrap of
----  the questions
+---  the batches
 
 --- Two evaluations of the same questions, without what Holm's correction decides; nil where nothing was
 --- scored.

@@ -5,6 +5,7 @@ local _ENV <const> = require "qlua.strict"
 
 local document = require "qlua.document"
 local perplexity = require "qlua.perplexity"
+local plural = require("qlua.text").plural
 local stats = require "qlua.stats"
 local tables = require "qlua.table"
 
@@ -22,8 +23,6 @@ end
 local function format_of(value)
   return value and value ~= 0 and math.abs(value) < 0.01 and "%.2e" or "%.4f"
 end
-
-local function plural(n, word) return ("%d %s%s"):format(n, word, n == 1 and "" or "s") end
 
 --- How many questions there were and what became of those that have no score.
 local function accounted(total, scored, too_long, context, all)
@@ -55,8 +54,8 @@ local function noise_lines(tests)
     local list = test.established and beyond or within
     list[#list + 1] = test.name
   end
-  local function line(text, names)
-    if #names > 0 then say(("%s: %s\n"):format(text, table.concat(names, ", "))) end
+  local function line(heading, names)
+    if #names > 0 then say(("%s: %s\n"):format(heading, table.concat(names, ", "))) end
   end
   line("beyond that noise (sign-flip tests, Holm's adjusted p < 0.05)", beyond)
   line("not established to be beyond it", within)
@@ -127,8 +126,8 @@ local function paired_lines(o)
   end
   local speed = c.words_per_minute_ratio
   if speed then
-    say(("  words per minute of %s / %s %s, 95 %% bootstrap\n"):format(test.label, reference.label,
-      bounded(speed.value, speed.low, speed.high)))
+    say(("  words per minute of %s / %s %s%s\n"):format(test.label, reference.label,
+      bounded(speed.value, speed.low, speed.high), speed.low and ", 95 % bootstrap of the batches" or ""))
   end
   if o.control then
     say(("  noise: %s between %s and itself in another batch size\n"):format(
@@ -209,7 +208,7 @@ function results.sweep(run, points, r)
     end
   end
   show(run, t)
-  say("\nmedian of ", tostring(section.runs), " passes, tok/s over all of them;\n",
+  say("\nmedian of ", plural(section.runs, "pass", "passes"), ", tok/s over all of them;\n",
     "peak: high-water mark of the model's own arena with the tensors it shares;\n",
     "reserved: held between passes; process: ", run.hardware.name == "cpu"
       and "resident peak of this process, which holds both models;\n"

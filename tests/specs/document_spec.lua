@@ -116,6 +116,21 @@ describe("document.mmlu", function()
     assert.is_nil(made.comparison.words_per_minute_ratio)
   end)
 
+  it("redraws whole batches, whose answers share one time", function()
+    local function answers(seconds)
+      local list = {}
+      for i, s in ipairs(seconds) do list[i] = { words = i, seconds = s } end
+      return list
+    end
+    assert.same({ { 3, 3, 9 }, { 1.0, 2.0, 1.5 } },
+      document.by_batch { answers { 0.5, 0.5, 2.0, 0.75, 0.75 } })
+    -- of two runs those with fewer batches tell
+    assert.same({ { 3, 7 }, { 3.0, 7.0 }, { 3, 7 }, { 0.5, 1.0 } }, document.by_batch {
+      answers { 1.0, 2.0, 3.0, 4.0 }, answers { 0.25, 0.25, 0.5, 0.5 } })
+    assert.is_nil(document.by_batch { answers { 0.5 }, { { words = 1 } } })
+    assert.is_nil(document.by_batch { {} })
+  end)
+
   it("compares the full model with itself where it ran again, in a family of its own", function()
     local one, other = outcome(100, 6), outcome(100, 6)
     one.evaluations[3] = evaluation(filled(100, 1))
