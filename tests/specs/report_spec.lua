@@ -100,6 +100,10 @@ describe("the verdict", function()
     local v = verdict.of { (asked(answered(260, 2, 2, 736))) }
     assert.equal("open", v.word)
     assert.truthy(v.because:find("guessing", 1, true))
+    -- a loss that is established but smaller than the margin is not said to be larger
+    v = verdict.of { (asked(answered(3500, 100, 40, 10360))) }
+    assert.is_true(v.pools[1].lost and v.pools[1].low > -0.02 and v.pools[1].guessing)
+    assert.equal("open", v.word)
   end)
 
   it("says how many questions would show what was not shown", function()
@@ -108,7 +112,7 @@ describe("the verdict", function()
     assert.equal("open", v.word)
     local said = table.concat(v.evidence, " ")
     assert.truthy(said:find("−8.9 points", 1, true))
-    assert.truthy(said:find "not established at n = 79")
+    assert.truthy(said:find("not established at n = 79 (exact McNemar p = 0.143)", 1, true))
     assert.truthy(said:find "about %d+ questions would show")
     assert.truthy(said:find "nf4 saves 9.9 GiB %(66 %%%) at batch 1")
   end)

@@ -6,6 +6,7 @@ local markup = require "qlua.report.markup"
 local parts = require "qlua.report.parts"
 local stats = require "qlua.stats"
 local svg = require "qlua.report.svg"
+local tables = require "qlua.table"
 local verdict = require "qlua.report.verdict"
 
 local h <const> = markup.tags
@@ -158,8 +159,15 @@ end
 local function pace_table(outcomes)
   local rows, longest <const> = {}, 24
   local function number(value) return parts.cell(value, value and parts.brief(value)) end
+  local notes = {}
   for i = 1, math.min(#outcomes, longest) do
     local o = outcomes[i]
+    local ratio = o.comparison.words_per_minute_ratio
+    if ratio and ratio.low then
+      notes[#notes + 1] = h.p { class = "note", ("%s: words per minute of %s / %s %s, 95 %% bootstrap of the "
+        .. "batches."):format(o.task, o.models[2].label, o.models[1].label, tables.interval(ratio.value,
+        ratio.low, ratio.high)) }
+    end
     local written = o.output_type == "generate_until"
     for m, model in ipairs(o.models) do
       rows[#rows + 1] = { key = ("pace/%s/%d"):format(o.task, m), o.task, { text = model.label },
@@ -168,8 +176,8 @@ local function pace_table(outcomes)
         parts.cell(written and model.unparsed or nil), parts.cell(written and model.cut or nil) }
     end
   end
-  return parts.grid("Pace of answering", { "task", "model", "words/min", "prefill tok/s", "decode tok/s",
-    "seconds", "no letter", "cut off" }, rows)
+  return { parts.grid("Pace of answering", { "task", "model", "words/min", "prefill tok/s", "decode tok/s",
+    "seconds", "no letter", "cut off" }, rows), notes }
 end
 
 local function metrics_table(outcomes)

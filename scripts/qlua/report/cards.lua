@@ -61,7 +61,8 @@ local function speed_card(s, labels)
     ("%.2f×"):format(s.ratio)), " ",
       h.small { s.slower and "as fast: slower" or "as fast" } },
     h.p { s.low and { "95 % ", h.span { class = "num", ["data-low"] = s.low, ["data-high"] = s.high,
-        ("[%.2f, %.2f]"):format(s.low, s.high) }, (" over %d rounds at batch %d."):format(s.rounds, s.batch) }
+        ("[%.2f, %.2f]"):format(s.low, s.high) }, (" over %d rounds at batch %d%s."):format(s.rounds, s.batch,
+          (s.faster or s.slower) and "" or ": not established") }
       or ("Median at batch %d; too few rounds for an interval."):format(s.batch) },
     s.last and h.p { ("At batch %d: "):format(s.last.batch), parts.figure("card/speed/last", s.last.ratio,
       ("%.2f×"):format(s.last.ratio)), s.last.low and (" [%.2f, %.2f]."):format(s.last.low, s.last.high)
@@ -101,7 +102,8 @@ local function quality_card(pools, margin)
       pool.difference, verdict.points(pool.difference)), " ", h.span { class = "num",
         ["data-low"] = pool.low,
       ["data-high"] = pool.high, ("[%s, %s]"):format(verdict.points(pool.low), verdict.points(pool.high)) },
-      (", n = %d, %s."):format(pool.n, stats.p_text(pool.p)) }
+      (", n = %d, %s%s%s."):format(pool.n, #pools > 1 and "adjusted " or "", stats.p_text(pool.p),
+        (pool.lost or pool.gained) and "" or ": not established") }
   end
   return card("Quality", { h.p { class = "fig", verdict.points(worst.difference), " ", h.small {
       "points of accuracy" } }, lines, differences(pools, margin) })

@@ -103,7 +103,8 @@ local function judge(pool, p, margin)
   pool.guessing = pool.full.wilson[1] <= verdict.CHANCE
   local shown = p < LEVEL and math.abs(pool.difference) > noise and not pool.noisy
   pool.lost, pool.gained = shown and pool.difference < 0, shown and pool.difference > 0
-  pool.within = 100 * pool.low >= -margin and not pool.guessing and not pool.noisy
+  pool.ruled_out = 100 * pool.low >= -margin
+  pool.within = pool.ruled_out and not pool.guessing and not pool.noisy
   pool.needed = stats.questions_needed(pool.flips.right_wrong / pool.n, pool.flips.wrong_right / pool.n)
 end
 
@@ -199,15 +200,15 @@ function verdict.unfair(docs)
 end
 
 --- "Accuracy by log-likelihood: −8.9 points [−18.4, 0.9] for nf4, difference not ..." of one pool.
-local function pool_sentence(pool, test)
+local function pool_sentence(pool, test, several)
   local said = ("Accuracy %s: %s points [%s, %s] for %s, "):format(pool.name,
     verdict.points(pool.difference), verdict.points(pool.low), verdict.points(pool.high), test)
   if pool.noisy then
     return ("%sbut the full model differs from itself too (%s): the questions were not asked alike."):format(
       said, stats.p_text(pool.control.p))
   end
-  said = said .. ("difference %s at n = %d (%s)"):format((pool.lost or pool.gained) and "established"
-    or "not established", pool.n, stats.p_text(pool.p))
+  said = said .. ("difference %s at n = %d (%s %s)"):format((pool.lost or pool.gained) and "established"
+    or "not established", pool.n, several and "adjusted" or "exact McNemar", stats.p_text(pool.p))
   if not (pool.lost or pool.gained) then
     if pool.p < LEVEL then
       said = said .. ", for the full model differs from itself by as much"
@@ -253,7 +254,8 @@ end
 local function perplexity_sentence(section, test)
   local r = section.summary.log_ratio
   local function change(ln) return verdict.points(math.exp(ln) - 1, 2) end
-  local half = 1.96 * r.stderr
+  local half = stats.normal_quantile(0.975) * r.stderr
+  if half == 0 then return ("Perplexity %s %% for %s in every prediction."):format(change(r.value), test) end
   return ("Perplexity %s %% [%s, %s] for %s%s."):format(change(r.value), change(r.value - half),
     change(r.value + half), test, math.abs(r.value) <= half and ": no difference established" or "")
 end
@@ -262,10 +264,10 @@ local function tokens_sentence(section)
   for _, name in ipairs { "jaccard@5", "jaccard@1" } do
     for _, row in ipairs(section.pair) do
       if row.name == name and row.value then
-        local text = ("The %s most likely next token%s agree%s to %.3f [%.3f, %.3f]"):format(name:match "%d+",
-          name == "jaccard@1" and "" or "s", name == "jaccard@1" and "s" or "", row.value, row.low
-            or row.value,
-          row.high or row.value)
+        local k = name:match "%d+"
+        local text = ("%s to %s"):format(k == "1" and "The most likely next token agrees"
+          or ("The %s most likely next tokens agree"):format(k), row.low
+          and tables.interval(row.value, row.low, row.high) or ("%.3f"):format(row.value))
         for _, same in ipairs(section.control or {}) do
           if same.name == name and same.value then
             return ("%s; of the full model with itself to %.3f."):format(text, same.value)
@@ -286,7 +288,7 @@ local function evidence(v, docs, counts)
   end
   list[#list + 1] = v.speed and speed_sentence(v.speed, test, counts)
     or "Speed by batch size was not measured in this report."
-  for _, pool in ipairs(v.pools) do list[#list + 1] = pool_sentence(pool, test) end
+  for _, pool in ipairs(v.pools) do list[#list + 1] = pool_sentence(pool, test, #v.pools > 1) end
   if #v.pools == 0 then list[#list + 1] = "Accuracy was not measured in this report." end
   local metrics, texts = sections(docs, "metrics"), sections(docs, "perplexity")
   if metrics[1] then list[#list + 1] = tokens_sentence(metrics[1]) end
@@ -337,7 +339,7 @@ local function decide(v, margin, fair)
   local saving, nothing, why = saving_of(v, fair)
   local lost, doubtful = nil, nil
   for _, pool in ipairs(v.pools) do
-    if pool.lost and not pool.within and not pool.post and (not lost
+    if pool.lost and not pool.ruled_out and not pool.post and (not lost
       or pool.difference < lost.difference) then
       lost = pool
     end
@@ -362,14 +364,14 @@ local function rule(margin)
   return {
     { "Quantize", "where it saves memory or time, and the 95 % interval of the difference in accuracy rules "
       .. "out a loss of more than " .. points .. ", in every way of asking; the full model must beat "
-      .. "guessing." },
+      .. "guessing, and must not differ from itself (McNemar, p < 0.05)." },
     { "Don’t", ("where it saves neither; or where a loss is established (exact McNemar test, Holm’s "
       .. "correction, p < 0.05, larger than the full model’s difference from itself) and more than %s is not "
       .. "ruled out."):format(points) },
     { "Not established", "everything else, and what was asked as in the post of 2024: more questions, or "
       .. "the part that was not measured, would tell." },
     { "Intervals", "accuracy: Tango’s score interval of the paired difference; time: bootstrap of whole "
-      .. "rounds, and it counts only where every fairness check is green; memory is counted, not sampled." },
+      .. "rounds, and it counts only where no fairness check is amber; memory is counted, not sampled." },
   }
 end
 
