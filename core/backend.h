@@ -130,9 +130,10 @@ typedef struct ql_backend {
     /* y[i] = x[rows[i]]: x [T, H], rows I32 [n], y [n, H]. */
     ql_status (*gather_rows)(void *ctx, const ql_tensor *x, const ql_tensor *rows, ql_tensor *y, ql_err *err);
 
-    /* Optional, both or none: a whole pass in one call, fused as the device likes it; results are those of
-     * the steps above within the rounding of the weights' dtype. Without it the steps run one by one.
-     * pass_bytes: workspace for `p` (whose workspace and logits are not looked at). */
+    /* Optional: a whole pass in one call, fused as the device likes it; results are those of the steps above
+     * within the rounding of the weights' dtype. Without it the steps run one by one.
+     * pass_bytes: workspace for `p` (whose workspace and logits are not looked at). A backend without `pass`
+     * may have it too, to say what the steps of `p` take of the context's own memory. */
     size_t (*pass_bytes)(void *ctx, const ql_pass *p);
     ql_status (*pass)(void *ctx, const ql_pass *p, ql_err *err);
 

@@ -428,20 +428,29 @@ static void join_range(const void *ud, int64_t i0, int64_t i1, void *scratch)
     }
 }
 
-static ql_status run_attention(cpu_context *c, attention_args *args, int64_t tokens, ql_err *err)
+/* How the attention of `a`'s heads and positions is cut, and the bytes that its runs leave. */
+static cpu_attention_split split_attention(const cpu_context *c, const qk_attention *a, int64_t tokens,
+                                           size_t *partial /* [OUT] */)
 {
-    qk_attention *a = &args->a;
-    const int64_t record = QK_ATTENTION_RECORD(a->d) * (int64_t)sizeof(float);
+    const int64_t record = a->heads * QK_ATTENTION_RECORD(a->d) * (int64_t)sizeof(float);
     int64_t longest = 0;
     double work = 0;
     for (int64_t t = 0; t < tokens; t++) {
         work += 2.0 * a->heads * a->d * (a->pos[t] + 1);
         if (a->pos[t] >= longest) longest = (int64_t)a->pos[t] + 1;
     }
-    args->split = ql_cpu_split_attention(c->threads, tokens, a->kv_heads, longest, work, a->heads * record);
+    cpu_attention_split s = ql_cpu_split_attention(c->threads, tokens, a->kv_heads, longest, work, record);
+    *partial = s.runs > 1 ? (size_t)(tokens * s.runs * record) : 0;
+    return s;
+}
+
+static ql_status run_attention(cpu_context *c, attention_args *args, int64_t tokens, ql_err *err)
+{
+    qk_attention *a = &args->a;
+    size_t bytes;
+    args->split = split_attention(c, a, tokens, &bytes);
     const int64_t pieces = args->split.pieces, runs = args->split.runs;
     if (runs > 1) {
-        size_t bytes = (size_t)(tokens * a->heads * runs * record);
         QL_TRY(need_room(&c->partial, &c->partial_bytes, bytes, err));
         a->partial = (float *)(void *)c->partial;
         a->runs = runs;
@@ -481,6 +490,27 @@ static ql_status cpu_attention(void *ctx, const ql_tensor *q, ql_kv_view cache, 
     if (q->shape[0] == 0) return QL_OK;
     c->ran |= 1u << RAN_ATTENTION;
     return run_attention(c, &args, q->shape[0], err);
+}
+
+static void raise_packed(const cpu_context *c, const ql_matrix *w, int64_t m, size_t *most)
+{
+    qk_matrix shape = ql_cpu_matrix(w);
+    size_t bytes = c->qk->matmul_packed(&shape, m);
+    if (bytes > *most) *most = bytes;
+}
+
+/* What grows with the pass: the widest product's activations and the runs of attention. Not the threads'
+ * scratch, under 1 MiB each whatever the model. */
+static size_t cpu_pass_bytes(void *ctx, const ql_pass *p)
+{
+    const cpu_context *c = ctx;
+    const qk_attention a = {.pos = p->pos, .heads = p->heads, .kv_heads = p->kv_heads, .d = (int)p->head_dim};
+    size_t packed = 0, partial;
+    for (int i = 0; i < p->layers * QL_LINEARS; i++)
+        raise_packed(c, &p->layer[i / QL_LINEARS].linear[i % QL_LINEARS], p->tokens, &packed);
+    raise_packed(c, p->lm_head, p->outputs, &packed);
+    split_attention(c, &a, p->tokens, &partial);
+    return packed + partial;
 }
 
 typedef struct {
@@ -557,6 +587,7 @@ const ql_backend ql_backend_cpu = {
     .upload = cpu_copy,
     .download = cpu_copy,
     .sync = cpu_sync,
+    .pass_bytes = cpu_pass_bytes,
     .embed = cpu_embed,
     .rmsnorm = cpu_rmsnorm,
     .matmul = cpu_matmul,

@@ -11,8 +11,18 @@
 /* Smaller requests are not worth asking the system how much memory is left. */
 #define CHECKED_BYTES ((size_t)32 << 20)
 
-static void work_free(struct ql_llama_work *w)
+/* Charged, not held: the backend keeps it for its next pass, whosever that is. */
+static void charge_own(ql_llama *m, size_t bytes)
 {
+    ql_arena_refund(m->arena, QL_MEM_ACTIVATIONS, m->work.own);
+    ql_arena_charge(m->arena, QL_MEM_ACTIVATIONS, bytes);
+    m->work.own = bytes;
+}
+
+static void work_free(ql_llama *m)
+{
+    struct ql_llama_work *w = &m->work;
+    charge_own(m, 0);
     ql_tensor *all[] = {&w->x, &w->h, &w->q, &w->k, &w->v, &w->att, &w->gate, &w->up, &w->workspace};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) ql_tensor_free(all[i]);
     w->tokens = 0;
@@ -32,7 +42,7 @@ static ql_status work_reserve(ql_llama *m, int64_t tokens, ql_err *err)
 {
     struct ql_llama_work *w = &m->work;
     if (w->tokens == tokens) return QL_OK;
-    work_free(w);
+    work_free(m);
     ql_tensor *all[] = {&w->x, &w->h, &w->q, &w->k, &w->v, &w->att, &w->gate, &w->up};
     int64_t widths[8];
     work_widths(&m->config, widths);
@@ -40,7 +50,7 @@ static ql_status work_reserve(ql_llama *m, int64_t tokens, ql_err *err)
         ql_status status =
             ql_tensor_new_2d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_F32, tokens, widths[i], all[i], err);
         if (status != QL_OK) {
-            work_free(w);
+            work_free(m);
             return status;
         }
     }
@@ -54,7 +64,7 @@ static ql_status workspace_reserve(ql_llama *m, size_t bytes, ql_err *err)
 {
     struct ql_llama_work *w = &m->work;
     if (w->workspace.storage && ql_tensor_bytes(&w->workspace) == bytes) return QL_OK;
-    work_free(w);
+    work_free(m);
     return ql_tensor_new_1d(m->device, m->arena, QL_MEM_ACTIVATIONS, QL_U8, (int64_t)bytes, &w->workspace,
                             err);
 }
@@ -81,9 +91,23 @@ static ql_pass pass_of(const ql_llama *m, const ql_kv_view *cache)
                      .cache = cache};
 }
 
-/* The largest workspace among the pieces of a batch of rows of `longest` tokens. */
-static ql_status expect_workspace(const ql_llama *m, int64_t tokens, int64_t longest, int64_t outputs,
-                                  size_t *bytes, ql_err *err)
+/* Of a pass over a piece: a workspace; or, as the steps take it, working tensors with the id, start and
+ * position of each token, the wanted rows before and after the last norm with the index of each, and the
+ * backend's own. */
+static size_t expect_piece(const ql_llama *m, const ql_pass *p)
+{
+    const ql_backend *be = m->device->backend;
+    size_t bytes = be->pass_bytes ? be->pass_bytes(m->device->ctx, p) : 0;
+    if (be->pass) return bytes;
+    int64_t widths[8], sum = 3;
+    work_widths(&m->config, widths);
+    for (int i = 0; i < 8; i++) sum += widths[i];
+    return bytes + (size_t)(sum * p->tokens + p->outputs * (2 * p->hidden + 1)) * sizeof(float);
+}
+
+/* The most among the pieces of a batch of rows of `longest` tokens. */
+static ql_status expect_work(const ql_llama *m, int64_t tokens, int64_t longest, int64_t outputs,
+                             size_t *bytes, ql_err *err)
 {
     const ql_backend *be = m->device->backend;
     int64_t step = tokens < be->pass_tokens ? tokens : be->pass_tokens;
@@ -107,25 +131,13 @@ static ql_status expect_workspace(const ql_llama *m, int64_t tokens, int64_t lon
         p.start = index + step;
         p.pos = index + 2 * step;
         p.out_token = index + 3 * step;
-        size_t need = be->pass_bytes(m->device->ctx, &p);
+        size_t need = expect_piece(m, &p);
         if (need > *bytes) *bytes = need;
     }
     bool complete = views && index;
     ql_free(views);
     ql_free(index);
     return complete ? QL_OK : ql_err_set(err, QL_ERR_MEMORY, "out of memory");
-}
-
-/* As the steps take it: working tensors with the id, start and position of each token, and the wanted rows
- * before and after the last norm with the index of each. */
-static size_t expect_work(const ql_llama *m, int64_t tokens, int64_t outputs)
-{
-    int64_t widths[8], sum = 3, step = m->device->backend->pass_tokens;
-    work_widths(&m->config, widths);
-    for (int i = 0; i < 8; i++) sum += widths[i];
-    if (tokens > step) tokens = step;
-    int64_t head = outputs < tokens ? outputs : tokens;
-    return (size_t)(sum * tokens + head * (2 * m->config.hidden + 1)) * sizeof(float);
 }
 
 ql_dtype ql_llama_kv_dtype(const ql_llama *m)
@@ -146,10 +158,7 @@ ql_status ql_llama_expect(const ql_llama *m, int64_t tokens, int64_t longest, in
 {
     const ql_config *c = &m->config;
     *out = (ql_llama_size){0};
-    if (m->device->backend->pass)
-        QL_TRY(expect_workspace(m, tokens, longest, outputs, &out->activations, err));
-    else
-        out->activations = expect_work(m, tokens, outputs);
+    QL_TRY(expect_work(m, tokens, longest, outputs, &out->activations, err));
     int64_t tables = ql_rope_positions(longest) * (c->head_dim / 2) * 2;
     out->activations += (size_t)(tables + outputs * c->vocab) * sizeof(float);
     out->slot = slot_bytes(m);
@@ -330,12 +339,29 @@ typedef struct {
     const int32_t *ids, *start, *pos, *out_token;
 } piece;
 
+static ql_pass pass_over(const ql_llama *m, const ql_kvcache *cache, const piece *p)
+{
+    ql_pass pass = pass_of(m, cache->view);
+    pass.tokens = p->tokens;
+    pass.outputs = p->outputs;
+    pass.ids = p->ids;
+    pass.start = p->start;
+    pass.pos = p->pos;
+    pass.out_token = p->out_token;
+    return pass;
+}
+
 static ql_status run_steps(ql_llama *m, const ql_kvcache *cache, const piece *p, const ql_trace *trace,
                            ql_tensor *logits, ql_err *err)
 {
+    const ql_backend *be = m->device->backend;
     chunk c = {0};
     ql_status status = work_reserve(m, p->tokens, err);
     if (status != QL_OK) goto fail;
+    if (!be->pass && be->pass_bytes) {
+        ql_pass pass = pass_over(m, cache, p);
+        charge_own(m, be->pass_bytes(m->device->ctx, &pass));
+    }
     status = upload_i32(m, p->ids, p->tokens, &c.ids, err);
     if (status != QL_OK) goto fail;
     status = upload_i32(m, p->start, p->tokens, &c.start, err);
@@ -361,13 +387,7 @@ static ql_status run_pass(ql_llama *m, const ql_kvcache *cache, const piece *p, 
                           ql_err *err)
 {
     QL_TRY(ql_interrupt_check(err));
-    ql_pass pass = pass_of(m, cache->view);
-    pass.tokens = p->tokens;
-    pass.outputs = p->outputs;
-    pass.ids = p->ids;
-    pass.start = p->start;
-    pass.pos = p->pos;
-    pass.out_token = p->out_token;
+    ql_pass pass = pass_over(m, cache, p);
     QL_TRY(workspace_reserve(m, m->device->backend->pass_bytes(m->device->ctx, &pass), err));
     pass.workspace = &m->work.workspace;
     pass.logits = logits;
@@ -412,7 +432,7 @@ static ql_status check_pass(const ql_llama *m, const layout *l, int64_t longest,
     ql_llama_size size;
     QL_TRY(ql_llama_expect(m, l->tokens, longest, l->outputs, &size, err));
     size_t need = size.activations + (size_t)l->tokens * size.slot;
-    size_t held = logits->storage ? ql_tensor_bytes(logits) : 0;
+    size_t held = m->work.own + (logits->storage ? ql_tensor_bytes(logits) : 0);
     const struct ql_llama_work *w = &m->work;
     const ql_tensor *const all[] = {&w->x, &w->h, &w->q, &w->k, &w->v, &w->att, &w->gate, &w->up};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) held += ql_tensor_bytes(all[i]);
@@ -431,7 +451,7 @@ ql_status ql_llama_forward(ql_llama *m, ql_kvcache *cache, const ql_batch *b, co
     /* A trace shows whole tensors, so it takes the batch in one piece. */
     int64_t step = trace ? l.tokens : m->device->backend->pass_tokens;
     /* What an earlier pass of another size left is not held beside the new logits. */
-    if (m->work.tokens != 0 && m->work.tokens != (l.tokens < step ? l.tokens : step)) work_free(&m->work);
+    if (m->work.tokens != 0 && m->work.tokens != (l.tokens < step ? l.tokens : step)) work_free(m);
     int64_t longest = 0, done = 0;
     for (int64_t t = 0; t < l.tokens; t++) longest = l.pos[t] >= longest ? l.pos[t] + 1 : longest;
     status = check_pass(m, &l, longest, logits, err);
@@ -460,7 +480,7 @@ fail:
 
 void ql_llama_reset_peak(ql_llama *m)
 {
-    work_free(&m->work);
+    work_free(m);
     ql_rope_drop(&m->rope);
     ql_arena_reset_peak(m->arena);
 }
@@ -601,7 +621,7 @@ ql_status ql_llama_quantize(const ql_llama *full, ql_quant_policy policy, void *
 void ql_llama_free(ql_llama *m)
 {
     if (!m) return;
-    work_free(&m->work);
+    work_free(m);
     ql_weights_free(&m->weights);
     ql_rope_free(&m->rope);
     ql_config_free(&m->config);

@@ -22,6 +22,7 @@ typedef struct {
         int64_t tokens;                         /* rows the tensors below have */
         ql_tensor x, h, q, k, v, att, gate, up; /* F32 [tokens, width]; empty where the backend has `pass` */
         ql_tensor workspace;                    /* U8, the backend's, of the last pass's size; else empty */
+        size_t own; /* bytes charged for what the backend's steps took of its own memory in the last pass */
     } work;
 } ql_llama;
 

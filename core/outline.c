@@ -120,7 +120,7 @@ static ql_status device_new(ql_device *real, ql_device **out, ql_err *err)
                               .download = outline_download,
                               .sync = outline_sync,
                               .find_bad = outline_find_bad,
-                              .pass_bytes = be->pass ? outline_pass_bytes : NULL,
+                              .pass_bytes = be->pass_bytes ? outline_pass_bytes : NULL,
                               .pass = be->pass ? outline_pass : NULL};
     *dev = (ql_device){.backend = &o->backend, .ctx = o, .index = real->index, .refs = 1};
     memcpy(dev->label, real->label, sizeof dev->label);

@@ -7,6 +7,7 @@
 
 #include <cmocka.h>
 
+#include "backend_cpu.h"
 #include "generate.h"
 #include "interrupt.h"
 #include "mem.h"
@@ -367,6 +368,54 @@ static void loading_quantized_has_one_dense_matrix_at_a_time(void **state)
     }
 }
 
+/* Appends n tokens to the only sequence. */
+static void append(ql_llama *m, ql_kvcache *cache, const int32_t *ids, int32_t n)
+{
+    ql_tensor logits = {0};
+    ql_err err;
+    const int32_t one = 1;
+    ql_batch batch = {1, ids, &n, &one, NULL};
+    assert_int_equal(ql_llama_forward(m, cache, &batch, NULL, &logits, &err), QL_OK);
+    ql_tensor_free(&logits);
+}
+
+/* Products' packed activations in a prefill, attention's runs for one token after many. */
+static void what_the_backend_holds_for_a_pass_is_charged(void **state)
+{
+    (void)state;
+    enum { FIRST = 40, THEN = 860 };
+    static int32_t ids[FIRST + THEN];
+    ql_config config = shape;
+    config.max_positions = FIRST + THEN + 1;
+    int threads;
+    ql_device *own;
+    ql_llama *m;
+    ql_err err;
+    assert_int_equal(ql_pool_decide_threads(0, &threads, &err), QL_OK);
+    if (threads > 2) threads = 2;
+    assert_int_equal(ql_device_open("cpu", &(ql_device_options){.threads = threads}, &own, &err), QL_OK);
+    assert_int_equal(ql_llama_random(own, &config, QL_BF16, 5, NULL, NULL, &m, &err), QL_OK);
+    const cpu_context *c = own->ctx;
+    ql_kvcache cache = cache_for(m, 1, FIRST + THEN + 1);
+
+    append(m, &cache, ids, FIRST);
+    assert_int_equal(m->work.own, sizeof(float) * FIRST * 80); /* the widest input, intermediate */
+    assert_int_equal(m->work.own, c->packed_bytes);
+    size_t held = ql_arena_stats(m->arena).current[QL_MEM_ACTIVATIONS];
+    append(m, &cache, ids, THEN);
+    assert_int_equal(c->packed_bytes, sizeof(float) * 512 * 80);
+    assert_in_range(ql_arena_stats(m->arena).peak[QL_MEM_ACTIVATIONS], c->packed_bytes + held, SIZE_MAX);
+    append(m, &cache, ids, 1);
+    assert_int_equal(m->work.own, c->partial_bytes);
+    assert_true(c->partial_bytes > 0 || threads == 1);
+    ql_llama_reset_peak(m);
+    assert_int_equal(ql_arena_stats(m->arena).current[QL_MEM_ACTIVATIONS], 0);
+
+    ql_kvcache_free(&cache);
+    ql_llama_free(m);
+    ql_device_release(own);
+}
+
 static ql_status try_quantize(void *ud, ql_err *err)
 {
     bool with_double = true;
@@ -473,6 +522,7 @@ int main(void)
         cmocka_unit_test(sequences_do_not_meet),
         cmocka_unit_test(refusals_leave_the_cache_alone),
         cmocka_unit_test(loading_quantized_has_one_dense_matrix_at_a_time),
+        cmocka_unit_test(what_the_backend_holds_for_a_pass_is_charged),
         cmocka_unit_test(allocations_may_fail),
         cmocka_unit_test(the_user_may_stop_each),
     };
