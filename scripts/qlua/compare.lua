@@ -224,7 +224,7 @@ end
 --- The ratio of two medians of seconds: passes are paired where both runs have as many, which are of the same
 --- batches when data and seed are the same.
 local function median_ratio(a, b, seed)
-  if a.n ~= b.n or a.n < 2 then return nil end
+  if #a.samples ~= #b.samples or #a.samples < 2 then return nil end
   local _, low, high = stats.bootstrap_ratio({ b.samples, a.samples }, { of = "median", seed = seed })
   return low, high
 end

@@ -3,6 +3,7 @@
 
 local _ENV <const> = require "qlua.strict"
 
+local checked = require "qlua.document_check"
 local failure = require "qlua.failure"
 local json = require "qlua.json"
 local lfs = require "lfs"
@@ -67,8 +68,8 @@ function runs.newest(store)
       run, err = store:run(entry.id)
       if not run then return nil, err end
     end
-    local doc = run and run.document and json.decode(run.document)
-    if doc and type(doc.facts) == "table" and doc.labels then
+    local doc = run and run.document and checked(json.decode(run.document), entry.name)
+    if doc then
       docs[#docs + 1] = doc
       if report.same_pair(docs) then seen[entry.name] = true else docs[#docs] = nil end
     end
@@ -101,15 +102,6 @@ function runs.table(store)
       type(command) == "table" and table.concat(command, " ") or "")
   end
   return t
-end
-
-local function checked(doc, path)
-  if type(doc) ~= "table" or doc.format ~= 1 or type(doc.sections) ~= "table"
-    or type(doc.facts) ~= "table" then
-    return nil, failure("format", path .. ": not the document of a run",
-      "comparison_*.json and *_results_*.json beside the store are")
-  end
-  return doc
 end
 
 local function from_file(path)

@@ -237,7 +237,7 @@ describe("qlua compare", function()
     mmlu(folder, 1, 3, all_right)
     mmlu(folder, 4, 6, all_right, function(doc) doc.name = "other.lua" end)
     local doc = mmlu(folder, 1, 3, all_right)
-    doc.sections = { { kind = "sweep", task = "s", points = json.array() } }
+    doc.sections = { { kind = "sweep", task = "s", runs = 1, points = json.array() } }
     local path = support.write(folder .. "/d.json", json.encode(doc))
     local out, code = qlua("compare", "--output_path", folder, "1", path)
     assert.equal(1, code)

@@ -143,9 +143,10 @@ end
 local function memory(docs, sweep)
   local first, last = extremes(sweep)
   if not first then
-    local facts = docs[1].facts
-    if not (facts and facts.full and facts.quantized) then return nil end
-    local m = saved(facts.full.bytes, facts.quantized.bytes)
+    local facts = docs[1].facts or {}
+    local full, quantized = (facts.full or {}).bytes, (facts.quantized or {}).bytes
+    if not (full and quantized) then return nil end
+    local m = saved(full, quantized)
     m.where, m.what = "of weights", "resident weights"
     return m
   end
