@@ -110,7 +110,18 @@ EMU simde__m512 emu_shuffle_f32x4(simde__m512 a, simde__m512 b, int order)
 #define _mm512_shuffle_f32x4 emu_shuffle_f32x4
 #endif
 
-/* The one instruction that the kernels have as assembler text. */
-#define v16_multishift simde_mm512_multishift_epi64_epi8
+/* The one instruction that the kernels have as assembler text: byte j of a result's qword is 8 bits of the
+ * qword of `bytes`, from bit from[j] on and around its end. SIMDe's shifts by 64 where from[j] is 0. */
+EMU simde__m512i emu_multishift(simde__m512i from, simde__m512i bytes)
+{
+    simde__m512i_private f = simde__m512i_to_private(from), b = simde__m512i_to_private(bytes), r;
+    for (int j = 0; j < 64; j++) {
+        const uint64_t q = b.u64[j / 8];
+        const int n = f.u8[j] & 63;
+        r.u8[j] = (uint8_t)(q >> n | q << (-n & 63));
+    }
+    return simde__m512i_from_private(r);
+}
+#define v16_multishift emu_multishift
 
 #endif
