@@ -154,13 +154,16 @@ static void push_run(lua_State *L, const ql_store_run *run)
     set_text(L, "document", run->document);
 }
 
+/* store:runs(key or nil) */
 static int store_runs(lua_State *L)
 {
     ql_store *store = check(L);
+    const char *key = lua_isnoneornil(L, 2) ? NULL : text_at(L, 2, "key");
     ql_store_run run;
     ql_err err;
+    ql_status status = key ? ql_store_find_set_runs(store, key, &err) : ql_store_find_runs(store, &err);
+    if (status != QL_OK) return qlua_fail(L, &err);
     lua_newtable(L);
-    if (ql_store_find_runs(store, &err) != QL_OK) return qlua_fail(L, &err);
     for (lua_Integer i = 1;; i++) {
         if (ql_store_next_run(store, &run, &err) != QL_OK) return qlua_fail(L, &err);
         if (!run.id) return 1;

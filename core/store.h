@@ -76,6 +76,8 @@ ql_status ql_store_use(ql_store *store, int64_t run, const char *key, const char
  * first member is NULL (or the id 0). A store has one query: any other call ends it, so that it may be left
  * at any row. Texts of a row are borrowed from the store until the next call. */
 ql_status ql_store_find_runs(ql_store *store, ql_err *err); /* newest first */
+/* Those whose result has rows of the set, newest first. */
+ql_status ql_store_find_set_runs(ql_store *store, const char *key, ql_err *err);
 /* QL_ERR_NOT_FOUND, naming the runs that there are, without such a run. */
 ql_status ql_store_find_run(ql_store *store, int64_t id, ql_store_run *run /* [OUT] */, ql_err *err);
 ql_status ql_store_find_sets(ql_store *store, const char *name, ql_err *err); /* newest first */

@@ -10,6 +10,7 @@ typedef enum {
     QL_STORE_RUN_ADD,
     QL_STORE_RUN_END,
     QL_STORE_RUNS,
+    QL_STORE_SET_RUNS,
     QL_STORE_RUN,
     QL_STORE_SET_ADD,
     QL_STORE_SETS,

@@ -117,6 +117,14 @@ ql_status ql_store_find_runs(ql_store *store, ql_err *err)
     return QL_OK;
 }
 
+ql_status ql_store_find_set_runs(ql_store *store, const char *key, ql_err *err)
+{
+    QL_TRY(check_key(store, key, err));
+    QL_TRY(ql_store_bind(store, QL_STORE_SET_RUNS, err, "s", key));
+    ql_store_start(store, QL_STORE_SET_RUNS);
+    return QL_OK;
+}
+
 ql_status ql_store_find_run(ql_store *store, int64_t id, ql_store_run *run, ql_err *err)
 {
     *run = (ql_store_run){0};

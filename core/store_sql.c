@@ -16,6 +16,9 @@ static const char *const sql[QL_STORE_STATEMENTS] = {
                          " VALUES (?, ?, 'running', ?, ?, ?, ?)",
     [QL_STORE_RUN_END] = "UPDATE runs SET finished = ?, status = ?, document = ? WHERE id = ?",
     [QL_STORE_RUNS] = "SELECT id, name, started, finished, status, pid, process FROM runs ORDER BY id DESC",
+    [QL_STORE_SET_RUNS] = "SELECT id, name, started, finished, status, pid, process FROM runs"
+                          " WHERE EXISTS (SELECT 1 FROM run_rows WHERE run = runs.id AND key = ?)"
+                          " ORDER BY id DESC",
     [QL_STORE_RUN] =
         "SELECT id, name, started, finished, status, pid, process, command, script_sha256, document"
         " FROM runs WHERE id = ?",

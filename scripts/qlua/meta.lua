@@ -404,8 +404,9 @@ function store:begin_run(run) end
 function store:end_run(run, result) end
 
 --- Newest first.
+---@param key? string  only runs whose result has rows of this set
 ---@return qlua.store_run[]?, qlua.failure?
-function store:runs() end
+function store:runs(key) end
 
 ---@param run integer
 ---@return qlua.store_run?, qlua.failure?
