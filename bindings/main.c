@@ -4,6 +4,7 @@
  * Added: the library and the script's folder on package.path (paths.h), subcommands, Ctrl-C in every
  * coroutine (interrupt.h), no bytecode (loader.h).
  */
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -213,6 +214,7 @@ int main(int argc, char **argv)
 {
     const char *program = argc > 0 && argv[0][0] ? argv[0] : PROGRAM;
     qlua_chunk_set_program(program);
+    signal(SIGXFSZ, SIG_IGN); /* a file at the limit of its size is an error like a full disk, not the end */
 
     run_state run = {.argc = argc, .argv = argv, .exit_code = EXIT_FAILURE};
     run.options = qlua_options_parse(argc, argv);
