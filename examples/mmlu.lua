@@ -11,6 +11,8 @@ local data = require "qlua.data"
 local evaluate = require "qlua.evaluate"
 local experiment = require "qlua.experiment"
 local metrics = require "qlua.metrics"
+local passes = require "qlua.passes"
+local questions = require "qlua.questions"
 local results = require "qlua.results"
 local tasks = require "qlua.tasks"
 
@@ -34,62 +36,51 @@ local post = opts.protocol == "post"
 if post and opts.dtype == "auto" then opts.dtype = "float32" end
 if post then opts.batch_size = 1 end
 local run <close> = experiment.open("mmlu.lua", opts, { several = true })
-local models = { run.full, run.test }
 
---- One task: tokenize, run both models, gather; `inputs` are what answers depend on beside the prompts.
-local function outcome(o, inputs, passes, evaluator)
-  o.prepared = evaluate.prepare(run.tokenizer, o.task, o.items, { max_context = run.context,
+--- Asks both models the questions of one task.
+local function ask(o)
+  o.prepared = questions.prepare(run.tokenizer, o.task, o.items, { max_context = run.context,
     template = o.template })
-  local how = { device = run.device, batch_size = opts.batch_size, template = o.template,
-    generation = o.generation, control = o.control ~= nil, max_new_tokens = opts.max_gen_toks,
-    max_context = run.context }
-  if run:foresee(passes(o.prepared, how)) then return o end
-  inputs.chat_template = o.template and (opts.apply_chat_template or true)
-  inputs.num_fewshot = opts.num_fewshot
-  how.map = run:mapper(o.task.name, { inputs = inputs, data = { o.items }, code = o.pair,
-    again = metrics.unkept(o.pair or {}) }, o)
-  how.each = o.pair and function(reference, test, p, again)
-    local item = setmetatable({ target = p.target, index = p.index }, { __index = p.item })
-    return { values = metrics.add(o.pair, reference, test, item),
-      noise = again and metrics.add(o.control, reference, again, item) }
-  end
-  o.evaluations, o.rows = evaluator(o.prepared, how)
+  local how = { device = run.device, tokenizer = run.tokenizer, task = o.task, template = o.template,
+    batch_size = opts.batch_size, max_new_tokens = opts.max_gen_toks, max_context = run.context,
+    generation = o.generation, control = o.control ~= nil, each = o.each }
+  if run:foresee(passes[o.task.kind](o.prepared, how)) then return o end
+  how.map = run:mapper(o.task.name, { data = { o.items }, again = metrics.unkept(o.pair or {}),
+    inputs = { control = how.control, generation = o.generation,
+      chat_template = o.template and (opts.apply_chat_template or true) } }, o)
+  o.evaluations, o.rows = evaluate[o.task.kind]({ run.full, run.test }, o.prepared, how)
   run:must(o.evaluations, o.rows)
   return o
 end
 
+local function measures()
+  return run:must(metrics.distinct { metrics.kl(), metrics.delta_p(),
+    table.unpack(run:must(metrics.load_all(opts.metric))) })
+end
+
 local function by_loglikelihood(items)
   local fewshot = opts.num_fewshot > 0 and run:fewshot(items) or nil
-  local function measures()
-    local user = run:must(metrics.load_all(opts.metric))
-    return run:must(metrics.distinct { metrics.kl(), metrics.delta_p(), table.unpack(user) })
-  end
-  local o = outcome({ items = items, pair = measures(),
-    control = opts.control == "true" and measures() or nil,
+  local pair, control = measures(), opts.control == "true" and measures() or nil
+  local o = ask { items = items, pair = pair, control = control,
     task = tasks.mmlu { subject = items.subject, fewshot = fewshot, num_fewshot = opts.num_fewshot },
-    template = opts.apply_chat_template and run:template(opts.apply_chat_template) or nil },
-    { control = opts.control }, evaluate.loglikelihood_passes, function(prepared, how)
-      return evaluate.loglikelihood(models, prepared, how)
-    end)
+    template = opts.apply_chat_template and run:template(opts.apply_chat_template) or nil,
+    each = function(reference, test, p, again)
+      local item = setmetatable({ target = p.target, index = p.index }, { __index = p.item })
+      return { values = metrics.add(pair, reference, test, item),
+        noise = again and metrics.add(control, reference, again, item) }
+    end }
   if opts.dry_run then return o end
-  metrics.restore(o.pair, o.rows, "values")
-  o.metrics = metrics.summary(o.pair, opts.seed)
-  if o.control then
-    metrics.restore(o.control, o.rows, "noise")
-    o.control_metrics = metrics.summary(o.control, opts.seed)
-  end
+  o.metrics = metrics.summary(metrics.restore(pair, o.rows, "values"), opts.seed)
+  o.control_metrics = control and metrics.summary(metrics.restore(control, o.rows, "noise"), opts.seed)
   return o
 end
 
 local function by_generation(items)
   local task = post and tasks.post { subject = items.subject } or tasks.boxed { subject = items.subject }
   if task.keep then items = data.filter(items, task.keep) end
-  local generation = { max_new_tokens = opts.max_gen_toks, seed = opts.seed,
-    temperature = opts.temperature or task.generation.temperature }
-  return outcome({ task = task, items = items, template = run:template(opts.apply_chat_template, "optional"),
-    generation = generation }, generation, evaluate.generation_passes, function(prepared, how)
-      return evaluate.generation(models, run.tokenizer, task, prepared, how)
-    end)
+  return ask { task = task, items = items, template = run:template(opts.apply_chat_template, "optional"),
+    generation = { max_new_tokens = opts.max_gen_toks, seed = opts.seed,
+      temperature = opts.temperature or task.generation.temperature } }
 end
 
 local outcomes = {}

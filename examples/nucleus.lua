@@ -12,6 +12,7 @@ local core = require "qlua.core"
 local evaluate = require "qlua.evaluate"
 local experiment = require "qlua.experiment"
 local json = require "qlua.json"
+local passes = require "qlua.passes"
 local results = require "qlua.results"
 
 local opts = cli.parse {
@@ -30,7 +31,7 @@ local opts = cli.parse {
 local run <close> = experiment.open("nucleus.lua", opts)
 
 local rows, too_long = run:question_rows(opts.position)
-if run:foresee(evaluate.last_positions_passes(rows, opts.batch_size)) then run:foretell() end
+if run:foresee(passes.last_positions(rows, opts.batch_size)) then run:foretell() end
 
 --- Every nucleus of one position as numbers: overlap, both sizes, both masses, 1 where the first choice of
 --- the first model is in the second's nucleus; temperature by temperature.
@@ -53,7 +54,7 @@ end
 local found = {}
 local values = run:must(evaluate.last_positions(run.full, run.test, rows, { batch_size = opts.batch_size,
   control = true, each = measure,
-  map = run:mapper("nucleus " .. run.items.subject, { code = { measure } }, found) }))
+  map = run:mapper("nucleus " .. run.items.subject, {}, found) }))
 
 results.nucleus(run, {
   task = ("%s, after the %s"):format(run.items.subject, opts.position),

@@ -24,6 +24,7 @@ local interrupt = require "qlua.interrupt"
 local json = require "qlua.json"
 local key = require "qlua.key"
 local metrics = require "qlua.metrics"
+local passes = require "qlua.passes"
 local plot = require "qlua.plot"
 local policy = require "qlua.policy"
 local progress = require "qlua.progress"
@@ -160,12 +161,12 @@ function run:twin(scheme)
 end
 
 --- In a dry run: adds passes to those that will be foretold.
----@param passes qlua.pass[]
+---@param more qlua.pass[]
 ---@return boolean dry  then nothing is to be run
-function run:foresee(passes)
+function run:foresee(more)
   if not self.opts.dry_run then return false end
   self.passes = self.passes or {}
-  table.move(passes, 1, #passes, #self.passes + 1, self.passes)
+  table.move(more, 1, #more, #self.passes + 1, self.passes)
   return true
 end
 
@@ -486,7 +487,7 @@ end
 ---@return string? set  key in the store
 function run:last_positions(rows, pair, control)
   local size, found = self.opts.batch_size, {}
-  if self:foresee(evaluate.last_positions_passes(rows, size)) then self:foretell() end
+  if self:foresee(passes.last_positions(rows, size)) then self:foretell() end
   self:must(metrics.distinct(pair))
   local name = ("%s %s"):format(self.name:gsub("%.lua$", ""), self.items.subject)
   local values = self:must(evaluate.last_positions(self.full, self.test, rows, { batch_size = size,

@@ -181,6 +181,7 @@ end
 ---@param list qlua.metric[]
 ---@param rows table[]
 ---@param field string  of a row, where it stands
+---@return qlua.metric[] list
 function metrics.restore(list, rows, field)
   for _, metric in ipairs(list) do
     local values = metric.values
@@ -194,6 +195,7 @@ function metrics.restore(list, rows, field)
       end
     end
   end
+  return list
 end
 
 --- Why measured positions cannot be taken from a store, where they cannot: a metric that keeps no values of

@@ -2,10 +2,14 @@
 
 local _ENV <const> = require "qlua.strict"
 
+local batches = require "qlua.batches"
 local evaluate = require "qlua.evaluate"
 local json = require "qlua.json"
 local metrics = require "qlua.metrics"
+local passes = require "qlua.passes"
 local policy = require "qlua.policy"
+local questions = require "qlua.questions"
+local scorer = require "qlua.scorer"
 local sys = require "qlua.sys"
 local tasks = require "qlua.tasks"
 
@@ -33,17 +37,13 @@ end
 
 --- What every variant is asked, batch by batch: one element each of the list that is resumed.
 local function parts_of(run, list, prepared)
-  local parts, size, fitting = {}, run.opts.batch_size, {}
-  local shared = evaluate.shared_tokens(prepared)
-  for _, p in ipairs(prepared) do if not p.too_long then fitting[#fitting + 1] = p end end
+  local parts, size, shared = {}, run.opts.batch_size, scorer.shared_tokens(prepared)
   for _, entry in ipairs(list) do
     local made = fingerprint(run, entry.spec)
-    for first = 1, #fitting, size do
-      local questions = table.move(fitting, first, math.min(first + size - 1, #fitting), 1, {})
-      local ids = { made }
-      for i, p in ipairs(questions) do ids[i + 1] = evaluate.row_id(p, first .. "/" .. shared) end
-      parts[#parts + 1] = { entry = entry, first = first, questions = questions,
-        id = sys.sha256(table.concat(ids)) }
+    for b, batch in ipairs(batches.cut(questions.fitting(prepared), size)) do
+      local first, ids = (b - 1) * size + 1, { made }
+      for i, p in ipairs(batch) do ids[i + 1] = questions.id(p, first .. "/" .. shared) end
+      parts[#parts + 1] = { entry = entry, first = first, batch = batch, id = sys.sha256(table.concat(ids)) }
     end
   end
   return parts
@@ -54,7 +54,7 @@ local function open_twin(run, entry, prepared, each)
   local twin = run:must(run.full:quantize(entry.spec or { policy = function() return nil end }))
   local info = twin:info()
   local own = { entry = entry, bytes = info.bytes, bits = info.quant.bits,
-    scorer = evaluate.scorer({ run.full, twin }, prepared, { device = run.device,
+    scorer = scorer.new({ run.full, twin }, prepared, { device = run.device,
       batch_size = run.opts.batch_size, each = each }) }
   function own:close()
     self.scorer:close()
@@ -74,8 +74,7 @@ local function summed(entry, parts, values, scored, list, seed)
     end
   end
   if #rows < scored then return nil end
-  metrics.restore(list, rows, "values")
-  local summary = metrics.summary(list, seed)
+  local summary = metrics.summary(metrics.restore(list, rows, "values"), seed)
   for i, r in ipairs(rows) do test.results[i] = r.models[2] end
   row.kl, row.agreement = summary[1], summary[2]
   row.accuracy, row.kernels = evaluate.accuracy(test), evaluate.kernels(test)
@@ -89,12 +88,11 @@ end
 ---@return qlua.variant[]
 function variants.run(run, list)
   local task = tasks.mmlu { subject = run.items.subject }
-  local prepared = evaluate.prepare(run.tokenizer, task, run.items, { max_context = run.context })
-  local done = { too_long = 0 }
-  for _, p in ipairs(prepared) do if p.too_long then done.too_long = done.too_long + 1 end end
-  done.scored = #prepared - done.too_long
+  local prepared = questions.prepare(run.tokenizer, task, run.items, { max_context = run.context })
+  local done = { scored = #questions.fitting(prepared) }
+  done.too_long = #prepared - done.scored
   run:some(done.scored, done.too_long, run.context)
-  if run:foresee(evaluate.loglikelihood_passes(prepared, { batch_size = run.opts.batch_size })) then
+  if run:foresee(passes.loglikelihood(prepared, { batch_size = run.opts.batch_size })) then
     local twins = {}
     for _, entry in ipairs(list) do
       if entry.spec then
@@ -105,23 +103,23 @@ function variants.run(run, list)
   end
   local kl, agreement = metrics.kl(), metrics.agreement()
   local parts = parts_of(run, list, prepared)
-  local scorer = nil -- of the variant that runs now
-  local function scorer_of(part)
-    if scorer and scorer.entry == part.entry then return scorer end
-    if scorer then scorer:close() end
-    scorer = open_twin(run, part.entry, prepared, function(reference, test, p)
+  local open = nil -- the twin that is asked now
+  local function twin_of(part)
+    if open and open.entry == part.entry then return open end
+    if open then open:close() end
+    open = open_twin(run, part.entry, prepared, function(reference, test, p)
       return { values = metrics.add({ kl, agreement }, reference, test, p) }
     end)
-    return scorer
+    return open
   end
   local values = run:map("variants", parts, { inputs = { questions = run.opts.batch_size },
-    data = { run.items }, id = function(part) return part.id end }, function(batch)
-      local part = batch[1]
-      local own = scorer_of(part)
-      local rows, err = own.scorer:rows(part.questions, part.first)
-      return rows and { { rows = rows, bytes = own.bytes, bits = own.bits } }, err
+    data = { run.items }, id = function(part) return part.id end }, function(elements)
+      local part = elements[1]
+      local twin = twin_of(part)
+      local rows, err = twin.scorer:rows(part.batch, part.first)
+      return rows and { { rows = rows, bytes = twin.bytes, bits = twin.bits } }, err
     end)
-  if scorer then scorer:close() end
+  if open then open:close() end
   for i, entry in ipairs(list) do
     local row = summed(entry, parts, values, done.scored, { kl, agreement }, run.opts.seed)
     if not row then break end

@@ -5,7 +5,9 @@ local evaluate = require "qlua.evaluate"
 local forecast = require "qlua.forecast"
 local json = require "qlua.json"
 local lfs = require "lfs"
+local passes = require "qlua.passes"
 local policy = require "qlua.policy"
+local questions = require "qlua.questions"
 local support = require "tests.specs.support"
 local sys = require "qlua.sys"
 
@@ -32,7 +34,7 @@ local function demo_questions(options)
   local full = options.tokenizer
   local task = options.boxed and tasks.boxed { subject = items.subject }
     or tasks.mmlu { subject = items.subject, fewshot = items, num_fewshot = options.num_fewshot }
-  return evaluate.prepare(full, task, items, { max_context = options.max_context }), task
+  return questions.prepare(full, task, items, { max_context = options.max_context }), task
 end
 
 describe("an outline", function()
@@ -94,18 +96,18 @@ describe("a forecast", function()
       local drawn_twin <close> = assert(device:outline(DEMO, { quant = quant }))
       case.tokenizer, case.max_context = assert(full:tokenizer()), full:info().max_context
       local prepared, task = demo_questions(case)
-      local how = { device = device, batch_size = 4, max_new_tokens = 12, max_context = case.max_context,
-        generation = { max_new_tokens = 12 } }
-      local passes
+      local how = { device = device, tokenizer = case.tokenizer, task = task, batch_size = 4,
+        max_new_tokens = 12, max_context = case.max_context, generation = { max_new_tokens = 12 } }
+      local list
       if case.boxed then
-        passes = evaluate.generation_passes(prepared, how)
-        assert(evaluate.generation({ full, twin }, case.tokenizer, task, prepared, how))
+        list = passes.generate(prepared, how)
+        assert(evaluate.generate({ full, twin }, prepared, how))
       else
-        passes = evaluate.loglikelihood_passes(prepared, how)
+        list = passes.loglikelihood(prepared, how)
         assert(evaluate.loglikelihood({ full, twin }, prepared, how))
       end
-      expect_met(forecast.of(drawn, passes), full, "full")
-      expect_met(forecast.of(drawn_twin, passes), twin, "nf4")
+      expect_met(forecast.of(drawn, list), full, "full")
+      expect_met(forecast.of(drawn_twin, list), twin, "nf4")
     end
   end)
 
@@ -126,7 +128,7 @@ describe("a forecast", function()
       model:reset_peak()
       local how = { device = device, batch_size = 3, share = share }
       assert(evaluate.loglikelihood({ model }, prepared, how))
-      expect_met(forecast.of(model, evaluate.loglikelihood_passes(prepared, how)), model, tostring(share))
+      expect_met(forecast.of(model, passes.loglikelihood(prepared, how)), model, tostring(share))
     end
   end)
 
@@ -141,10 +143,10 @@ describe("a forecast", function()
       local rows = {}
       for i = 1, 9 do rows[i] = { ids = support.ids(40 * i, 5000, i), item = i } end
       assert(evaluate.last_positions(model, model, rows, { batch_size = 4, each = function() end }))
-      local passes = evaluate.last_positions_passes(rows, 4)
+      local list = passes.last_positions(rows, 4)
       -- both "models" are one: two batches of logits are there at once
-      for _, pass in ipairs(passes) do pass.outputs = 2 * pass.outputs end
-      expect_met(forecast.of(outline, passes), model, quant and "nf4" or "full")
+      for _, pass in ipairs(list) do pass.outputs = 2 * pass.outputs end
+      expect_met(forecast.of(outline, list), model, quant and "nf4" or "full")
     end
   end)
 end)

@@ -34,8 +34,8 @@ describe("evaluate", function()
     local template = { encode = function() return nil, "the template cannot be rendered" end }
     local task = { messages = function() return {} end, prompt = function() return "plain" end }
     local model <close> = tiny()
-    local ok, why = pcall(evaluate.generation, { model }, {}, task, { { item = {}, index = 1 } },
-      { device = support.device(), batch_size = 1, template = template, generation = {} })
+    local ok, why = pcall(evaluate.generate, { model }, { { item = {}, index = 1 } }, { tokenizer = {},
+      task = task, device = support.device(), batch_size = 1, template = template, generation = {} })
     assert.is_false(ok)
     assert.truthy(tostring(why):find("cannot be rendered", 1, true), tostring(why))
   end)

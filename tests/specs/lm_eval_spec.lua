@@ -2,6 +2,7 @@
 
 local data = require "qlua.data"
 local evaluate = require "qlua.evaluate"
+local questions = require "qlua.questions"
 local json = require "qlua.json"
 local lfs = require "lfs"
 local qlua = require "qlua"
@@ -19,7 +20,7 @@ local function scores(model, csv)
   local items = assert(data.read(csv))
   local task = tasks.mmlu { subject = items.subject }
   local tok = assert(model:tokenizer())
-  local prepared = evaluate.prepare(tok, task, items, { max_context = model:info().max_context })
+  local prepared = questions.prepare(tok, task, items, { max_context = model:info().max_context })
   return prepared, function(device, batch_size)
     local evaluation = assert(evaluate.loglikelihood({ model }, prepared, { device = device,
       batch_size = batch_size }))[1]

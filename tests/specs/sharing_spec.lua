@@ -1,6 +1,7 @@
 --- Rows that go on from rows a model has seen give the bits of whole rows, and so does what is built on them.
 
 local evaluate = require "qlua.evaluate"
+local scorer = require "qlua.scorer"
 local qlua = require "qlua"
 local support = require "tests.specs.support"
 
@@ -128,7 +129,7 @@ describe("kept rows", function()
 end)
 
 describe("scoring by log-likelihood", function()
-  --- Questions as evaluate.prepare makes them: one beginning, contexts and continuations of any length.
+  --- Questions as questions.prepare makes them: one beginning, contexts and continuations of any length.
   local function questions(shared, lengths)
     local list = {}
     for i = 1, 11 do
@@ -184,7 +185,7 @@ describe("scoring by log-likelihood", function()
       local models = { full, twin }
       for _, shared in ipairs { 0, 1, 60 } do
         local prepared = questions(shared, case[2])
-        local skip = evaluate.shared_tokens(prepared)
+        local skip = scorer.shared_tokens(prepared)
         assert.equal(shared < 4 and 0 or shared, skip)
         local first, seen
         for _, size in ipairs { 1, 4, 16 } do
