@@ -285,8 +285,18 @@ static void set_integer(lua_State *L, const char *key, int64_t value)
     lua_setfield(L, -2, key);
 }
 
-/* model:_matrices() -> {{name=, rows=, columns=, scheme= or nil, block=, double=, dtype=, bytes=, shared=},
- * ...} */
+static void set_codebook(lua_State *L, const float code[16])
+{
+    lua_createtable(L, 16, 0);
+    for (int i = 0; i < 16; i++) {
+        lua_pushnumber(L, code[i]);
+        lua_rawseti(L, -2, i + 1);
+    }
+    lua_setfield(L, -2, "codebook");
+}
+
+/* model:_matrices() -> {{name=, rows=, columns=, scheme= or nil, block=, double=, codebook= or nil, dtype=,
+ * bytes=, shared=}, ...} */
 static int model_matrices(lua_State *L)
 {
     const ql_llama *m = qlua_model_check(L, 1);
@@ -314,6 +324,7 @@ static int model_matrices(lua_State *L)
                 set_integer(L, "block", x->quant->block);
                 lua_pushboolean(L, x->quant->nested);
                 lua_setfield(L, -2, "double");
+                if (strcmp(x->quant->scheme, "codebook") == 0) set_codebook(L, x->quant->code);
             }
             lua_rawseti(L, -2, ++count);
         }

@@ -13,6 +13,7 @@ local _ENV <const> = require "qlua.strict"
 
 local chat = require "qlua.chat"
 local cli = require "qlua.cli"
+local code = require "qlua.code"
 local data = require "qlua.data"
 local evaluate = require "qlua.evaluate"
 local export = require "qlua.export"
@@ -249,6 +250,7 @@ function experiment.open(name, opts, needs)
   local self = setmetatable({ name = name, opts = opts, stdout_is_terminal = sys.isatty(1), owned = {} },
     run)
   if opts.no_output or opts.dry_run then opts.output_path = nil end
+  opts.output_path = opts.output_path and opts.output_path:gsub("(.)/+$", "%1")
   self.kept = this_run.new { name = name, folder = opts.output_path, fresh = opts.fresh,
     command = command_line(), script = _G.arg and _G.arg[0] }
   if opts.log_samples and not (opts.output_path or opts.dry_run) then
@@ -403,11 +405,17 @@ local NO_INPUT <const> = { limit = true, output_path = true, no_output = true, f
   quant = true, double_quant = true, block_size = true, skip = true }
 
 --- The inputs of one list's values: those of the run, and its own.
-local function inputs_for(self, name, options, fn)
-  local made = { name = name, batch = options.batch, code = key.code(fn, table.unpack(options.code or {})) }
+local function inputs_for(self, name, list, options, fn)
+  local made = { name = name, batch = options.batch, data = json.array() }
   for field, value in pairs(inputs_of(self)) do made[field] = value end
-  made.data = json.array()
-  for i, items in ipairs(options.data or self.tasks or {}) do made.data[i] = items.sha256 end
+  local known = { [self] = "run", [self.opts] = "options", [self.full] = "full", [list] = "list" }
+  if self.test then known[self.test] = "test" end
+  for i, items in ipairs(options.data or self.tasks or {}) do
+    made.data[i], known[items] = items.sha256, "data " .. i
+  end
+  made.code = code.digest({ fn, table.unpack(options.code or {}) }, known, function(model)
+    return self:must(key.model(self.kept.store, model))
+  end)
   made.inputs = options.inputs
   if not made.inputs then
     made.inputs = {}
@@ -425,7 +433,8 @@ end
 ---  default: the element itself, as JSON. alone: no value's bits depend on what else is in its batch
 ---@field inputs? table     what values depend on beside the models, the questions' files, seed, device, batch
 ---  and fn's code; JSON must hold it. Default: the script's own options
----@field code? (function|table)[]  functions and metrics that fn calls without referring to them
+---@field code? (function|table)[]  functions and metrics that fn calls without referring to them, or that a
+---  function of the library does
 ---@field data? qlua.items[]  the questions (default: those of every task)
 ---@field again? string     why nothing in the store may stand for a value
 ---@field weight? integer   steps of the progress line for an element (default 1)
@@ -448,7 +457,7 @@ function run:map(name, list, options, fn)
     alone = self.hardware.numerics == "invariant" }, { __index = options })
   self:must(self.kept:begin())
   local set <close> = self:must(self.kept:set(name, list, options,
-    self.kept.store and inputs_for(self, name, options, fn)))
+    self.kept.store and inputs_for(self, name, list, options, fn)))
   if #set.todo > 0 and not self.stopped then
     local weight = options.weight or 1
     local bar <close> = self:progress(#list * weight, name, set.known * weight)

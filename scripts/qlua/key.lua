@@ -1,7 +1,7 @@
 --- What computed values depend on, and the key of those that depend on the same: the SHA-256 of all of it.
 ---
 --- Inputs are a table that JSON can hold. Files stand in it by their bytes' digest, never by their names; the
---- checkpoint of a model by digests of its weights, configuration and tokenizer; Lua functions by their code.
+--- checkpoint of a model by digests of its weights, configuration and tokenizer.
 
 local _ENV <const> = require "qlua.strict"
 
@@ -96,26 +96,27 @@ local function files_of(path, folder)
   return { weights = weights, config = config, tokenizer = tokenizer }
 end
 
---- How the linear layers are stored, one by one, and the numbers of a code book where one was given.
-local function quantization(model, codebook)
+--- How the linear layers are stored, one by one.
+local function quantization(model)
   local list, quant = {}, model:info().quant
   for i, m in ipairs(model:matrices()) do
-    list[i] = { name = m.name, dtype = m.dtype, scheme = m.scheme, block = m.block, double = m.double }
+    list[i] = { name = m.name, dtype = m.dtype, scheme = m.scheme, block = m.block, double = m.double,
+      codebook = m.codebook and json.array(m.codebook) }
   end
   return { label = quant.label, block = quant.block, double = quant.double,
-    matrices = sys.sha256(json.encode(list)), codebook = codebook and json.array(codebook) }
+    matrices = sys.sha256(json.encode(list)) }
 end
 
 --- A model: digests of its checkpoint, in what types it is held, how it is quantized.
 ---@param store qlua.store
 ---@param model qlua.model
----@param source string  what --model named
----@param codebook? number[]
+---@param source? string  what --model named; default: its folder
 ---@return table?, qlua.failure?
-function key.model(store, model, source, codebook)
+function key.model(store, model, source)
   local info = model:info()
-  local made = { dtype = info.dtype, kv_dtype = info.kv_dtype, quantization = quantization(model, codebook) }
-  for kind, paths in pairs(info.folder and files_of(core.resolve(source) or "", info.folder) or {}) do
+  local made = { dtype = info.dtype, kv_dtype = info.kv_dtype, quantization = quantization(model) }
+  for kind, paths in pairs(info.folder and files_of(source and core.resolve(source) or "", info.folder)
+    or {}) do
     local hex, err = digest(store, paths)
     if err then return nil, err end
     made[kind] = hex
@@ -134,53 +135,6 @@ function key.device(info)
   return made
 end
 
---- Adds a function's code, the functions and the plain values that it refers to.
-local function add_code(parts, seen, fn)
-  if seen[fn] then return end
-  seen[fn] = true
-  local dumped, code = pcall(string.dump, fn, true) -- without lines and names: comments change nothing
-  if not dumped then return end -- written in C: the program's digest has it
-  parts[#parts + 1] = code
-  for i = 1, math.huge do
-    local name, value = debug.getupvalue(fn, i)
-    if not name then return end
-    local kind = type(value)
-    if kind == "function" then
-      add_code(parts, seen, value)
-    elseif kind == "number" or kind == "string" or kind == "boolean" then
-      parts[#parts + 1] = ("%s %s"):format(kind, tostring(value))
-    end
-  end
-end
-
---- The digest of functions: their code and, by upvalue, that of functions, numbers, strings and booleans
---- which they refer to; what stands in tables is not followed. A table among them stands for the functions
---- and the plain values in its fields.
----@param ... function|table
----@return string
-function key.code(...)
-  local parts, seen = {}, {}
-  for _, entry in ipairs { ... } do
-    if type(entry) == "table" then
-      local names = {}
-      for name in pairs(entry) do if type(name) == "string" then names[#names + 1] = name end end
-      table.sort(names)
-      for _, name in ipairs(names) do
-        local value = entry[name]
-        parts[#parts + 1] = name
-        if type(value) == "function" then
-          add_code(parts, seen, value)
-        elseif type(value) ~= "table" and type(value) ~= "userdata" then
-          parts[#parts + 1] = tostring(value)
-        end
-      end
-    else
-      add_code(parts, seen, entry)
-    end
-  end
-  return sys.sha256(table.concat(parts, "\0"))
-end
-
 --- The key of a table of inputs: the same for equal tables.
 ---@param inputs table
 ---@return string key, string text  of the inputs, as JSON
@@ -197,6 +151,11 @@ end
 
 local function is_digest(value) return type(value) == "string" and #value == 64 and not value:find "%X" end
 
+--- A list of plain values is shown as a whole.
+local function is_list(value)
+  return type(value) == "table" and #value > 0 and type(value[1]) ~= "table" and not is_digest(value[1])
+end
+
 --- What differs between two tables of inputs, in words: "models.2.quantization.label is fp4, was nf4"; of
 --- digests only that they differ.
 ---@param now table
@@ -205,6 +164,7 @@ local function is_digest(value) return type(value) == "string" and #value == 64 
 function key.differences(now, before)
   local list = {}
   local function compare(path, a, b)
+    if is_list(a) and is_list(b) then a, b = json.encode(a), json.encode(b) end
     if type(a) == "table" and type(b) == "table" then
       local names, known = {}, {}
       for _, t in ipairs { a, b } do

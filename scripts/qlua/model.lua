@@ -185,7 +185,8 @@ function model:info()
   return info
 end
 
---- The linear layers, in order: { name, rows, columns, bytes, dtype, shared, scheme, block, double }.
+--- The linear layers, in order: { name, rows, columns, bytes, dtype, shared, scheme, block, double }, and
+--- where the scheme is "codebook" its 16 values.
 ---@return table[]
 function model:matrices()
   return self:_matrices()

@@ -18,7 +18,6 @@ local STORE <const> = "qlua.sqlite"
 --- Seconds of work that a kill may cost, beside the batch that runs: the most where a commit is so slow that
 --- committing more often would take a larger share of the run's time.
 local COMMIT_SECONDS <const>, COMMIT_SECONDS_MOST <const>, COMMIT_SHARE <const> = 0.2, 1, 1 / 500
-local RUNS_ASKED <const> = 20      -- newest runs that are asked why a set is not complete
 
 ---@class qlua.run
 ---@field name string         of the script
@@ -47,7 +46,7 @@ end
 ---@return boolean?, qlua.failure?
 function run:open(make)
   if self.store or not self.folder then return true end
-  local path = ("%s/%s"):format(self.folder:gsub("(.)/+$", "%1"), STORE)
+  local path = ("%s/%s"):format(self.folder, STORE)
   if not make and not lfs.attributes(path, "mode") then return true end
   local made, err = files.make_folder(self.folder)
   if made then made, err = store.open(path) end
@@ -106,7 +105,7 @@ local function row_ids(list, options)
   local ids, parts = {}, {}
   for i, element in ipairs(list) do
     local text = options.id and options.id(element, i) or json.encode(element)
-    parts[i] = #text == 64 and text:sub(1, 16) or sys.sha256(text):sub(1, 16)
+    parts[i] = sys.sha256(text):sub(1, 16)
   end
   for first = 1, #list, options.batch do
     local last = math.min(first + options.batch - 1, #list)
@@ -116,39 +115,37 @@ local function row_ids(list, options)
   return ids
 end
 
---- Other runs that have rows of a set, newest first: those whose process lives, and the newest of all.
+--- Other runs that have rows of a set, newest first.
 local function others(self, set_key)
-  local living, newest = {}, nil
-  for i, r in ipairs(assert(self.store:runs())) do
-    if i > RUNS_ASKED then break end
-    if r.id ~= self.id and not (newest and r.status ~= "running") then
-      local rows = assert(self.store:run_rows(r.id, set_key))
-      if #rows > 0 then
-        newest = newest or r
-        if r.status == "running" then living[#living + 1] = r end
-      end
-    end
+  local list = {}
+  for _, r in ipairs(assert(self.store:runs(set_key))) do
+    if r.id ~= self.id then list[#list + 1] = r end
   end
-  return living, newest
+  return list
+end
+
+--- What differs between inputs and those of the set of the same name that are nearest to them.
+local function nearest_differences(self, s, inputs)
+  local now, nearest = json.decode(json.encode(inputs)), nil
+  for _, entry in ipairs(assert(self.store:sets(s.name))) do
+    local list = entry.key ~= s.key and key.differences(now, json.decode(entry.inputs))
+    if list and not (nearest and #nearest <= #list) then nearest = list end
+  end
+  return nearest and table.concat(nearest, ", ")
 end
 
 --- Why rows that could be there are not.
 local function reason(self, s, inputs, options)
   if self.fresh then return "of --fresh" end
   if options.again then return options.again end
-  local _, newest = others(self, s.key)
-  if newest and newest.status == "running" then
+  local newest = others(self, s.key)[1]
+  if not newest then return nearest_differences(self, s, inputs) end
+  if newest.status == "running" then
     return ("run %d (process %d) is not at its end"):format(newest.id, newest.pid)
-  elseif newest and newest.status ~= "finished" then
+  elseif newest.status ~= "finished" then
     return ("run %d %s"):format(newest.id, newest.status == "failed" and "failed" or "was " .. newest.status)
-  elseif newest then
-    return ("run %d was of other elements"):format(newest.id)
   end
-  for _, entry in ipairs(assert(self.store:sets(s.name))) do
-    if entry.key ~= s.key then
-      return table.concat(key.differences(json.decode(json.encode(inputs)), json.decode(entry.inputs)), ", ")
-    end
-  end
+  return ("run %d had other elements, or others beside them in a batch"):format(newest.id)
 end
 
 local function announce(self, s, inputs, options)
@@ -163,9 +160,11 @@ end
 
 local function warn_of_others(self, s)
   if s.warned then return end
-  for _, r in ipairs((others(self, s.key))) do
-    s.warned = true
-    self:say(s.name, (": process %d is computing the same rows (run %d); both go on"):format(r.pid, r.id))
+  for _, r in ipairs(others(self, s.key)) do
+    if r.status == "running" then
+      s.warned = true
+      self:say(s.name, (": process %d is computing the same rows (run %d); both go on"):format(r.pid, r.id))
+    end
   end
 end
 

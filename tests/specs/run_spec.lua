@@ -120,7 +120,7 @@ describe("rows of an earlier run", function()
     again(plain .. " --threads 2", "device.threads is 2, was 1")
     again(plain .. " --batch-size 3", "batch is 3")
     again(plain .. " --max-context 300", "context is 300")
-    again(plain .. " --k 2", "inputs.k")
+    again(plain .. " --k 2", "inputs.k is [2], was [1,3,5,10,20]")
     again(plain .. " --position answer", "inputs.position is answer")
     assert.equal("all", reused(example(plain))) -- all those did not replace it
     support.write(metric, (support.read(metric):gsub("max%(%)", "sum()")))
@@ -182,7 +182,7 @@ describe("rows of an earlier run", function()
       .. "--output_path %s/out"):format(support.QLUA, script, DEMO, QUIZ, folder))
     assert.equal(0, code, text)
     assert.equal("6 of 10", reused(text), text)
-    assert.truthy(text:find("because run 1 was of other elements", 1, true), text)
+    assert.truthy(text:find("because run 1 had other elements", 1, true), text)
     text = example(JACCARD)
     assert.equal("all", reused(text), text)
     local _, list = document()
@@ -264,10 +264,10 @@ describe("an experiment that is killed", function()
   it("loses nothing at Ctrl-C either, nor where its script fails", function()
     local metric = support.write(folder .. "/stop.lua", [[
       local stop = { name = "stop", values = {} }
-      local flag = io.open(os.getenv "FLAG")
       function stop:add()
         self.values[#self.values + 1] = 1
-        if flag and #self.values == 10 then
+        local flag = #self.values == 10 and io.open(os.getenv "FLAG")
+        if flag then
           local how = flag:read "a"
           if how == "fail" then error "on purpose" end
           io.popen("kill -INT " .. require("qlua.sys").pid()):close()
@@ -353,6 +353,74 @@ describe("run:map", function()
     assert.equal("3.5 4", (own(other)))
     other = BODY:gsub("x %^ opts.power }", "x ^ opts.power + 0 }")
     assert.equal("1 2 3 4 5", (own(other)))
+  end)
+
+  --- Runs BODY, whose function also adds `term`, which stands among what `before` has defined.
+  local function with(before, term)
+    local body = BODY:gsub("x %^ opts.power", "x ^ opts.power + 0 * " .. term):gsub("for i, value.*$", "")
+    local text = own(before .. "\n" .. body)
+    return text
+  end
+
+  it("computes anew what refers to something else, however it does", function()
+    local module = folder .. "/far.lua"
+    support.write(module, "return { sign = 1 }")
+    for _, case in ipairs {
+      { "local n = 1", "local n = 2", "n" },
+      { "local t = { 1, { 2, a = 3 } }", "local t = { 1, { 2, a = 4 } }", "t[2].a" },
+      { "local M = {} function M.f() return 1 end", "local M = {} function M.f() return 2 end", "M.f()" },
+      { "function f() return 1 end", "function f() return 2 end", "f()" },
+      { "local C = {} C.__index = C function C:f() return 1 end local c = setmetatable({}, C)",
+        "local C = {} C.__index = C function C:f() return 2 end local c = setmetatable({}, C)", "c:f()" },
+      { "local f = math.sin", "local f = math.cos", "f(1)" },
+      { "local t = qlua.tensor { 1, 2 }", "local t = qlua.tensor { 1, 3 }", "t:size(1)" },
+      { "local m = run.full:quantize { block = 32 }", "local m = run.full:quantize { block = 64 }",
+        "#m:matrices()" },
+      { "local b = {} for i = 1, 16 do b[i] = i end local m = run.full:quantize { codebook = b } b = nil",
+        "local b = {} for i = 1, 16 do b[i] = -i end local m = run.full:quantize { codebook = b } b = nil",
+        "#m:matrices()" },
+      { "local m = run.full", "local m = run.full:quantize()", "#m:matrices()" },
+    } do
+      local first, other, term = "local qlua = require 'qlua' " .. case[1], "local qlua = require 'qlua' "
+        .. case[2], case[3]
+      os.execute(("rm -rf %s/out"):format(folder))
+      assert.equal("1 2 3 4 5", with(first, term))
+      assert.equal("", with("-- a comment\n\n" .. first, term), case[1])
+      assert.equal("1 2 3 4 5", with(other, term), case[2])
+      assert.equal("", with(first, term), case[1])
+    end
+    local far = "local far = require 'far'"
+    assert.equal("1 2 3 4 5", with(far, "far.sign"))
+    assert.equal("", with(far, "far.sign"))
+    support.write(module, "return { sign = 2 }")
+    assert.equal("1 2 3 4 5", with(far, "far.sign"))
+  end)
+
+  it("tells twins of one script apart, and elements that are long and alike", function()
+    local text = own [[
+      for _, block in ipairs { 32, 64 } do
+        local twin <close> = run.full:quantize { block = block }
+        run:map("blocks", { 1 }, {}, function()
+          ran[#ran + 1] = twin:info().quant.block
+          return { 1 }
+        end)
+      end]]
+    assert.equal("32 64", text)
+    for _, last in ipairs { "a", "b" } do
+      local long = ("x"):rep(61) .. last -- as JSON it has the length of a digest
+      text = own(("run:map('long', { %q }, {}, function(list) ran[1] = list[1]:sub(-1) return { 1 } end)")
+        :format(long))
+      assert.equal(last, text)
+    end
+  end)
+
+  it("is computed again after twenty other runs only where it has to be, and says so", function()
+    local list = "run:map('many', { %s }, {}, function(l) ran[#ran + 1] = l[1] return { 1 } end)"
+    assert.equal("1", (own(list:format "1")))
+    for i = 1, 21 do own(("run:map('other', { %d }, {}, function() return { 1 } end)"):format(i)) end
+    local ran, text = own(list:format "1, 2")
+    assert.equal("2", ran)
+    assert.truthy(text:find("many: 1 rows reused, 1 to run, because run 1 had other elements", 1, true), text)
   end)
 
   it("says what is wrong with what fn returns", function()
