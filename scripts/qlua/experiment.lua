@@ -24,6 +24,7 @@ local forecast = require "qlua.forecast"
 local interrupt = require "qlua.interrupt"
 local json = require "qlua.json"
 local key = require "qlua.key"
+local lfs = require "lfs"
 local metrics = require "qlua.metrics"
 local passes = require "qlua.passes"
 local plot = require "qlua.plot"
@@ -130,12 +131,16 @@ function run:check_tasks(several)
 end
 
 --- Refuses what would make a comparison of nothing: a full model that is in 4 bits already, a name to skip
---- that is in no module's.
+--- that is in no module's, or all of them; and a quantized checkpoint where the script quantizes by itself.
 function run:check_scheme()
+  if self.opts.quantized then self:must(nil, "--quantized: this script quantizes the model by itself") end
   if self.full:info().quant.quantized > 0 then
     self:must(nil, failure("argument", self.opts.model .. ": this checkpoint is already quantized",
       "give the 16-bit one as --model, and this one as --quantized"))
   end
+  local choose, some = policy.make(self:scheme()), false
+  for _, m in ipairs(self.full:matrices()) do some = some or choose(m.name, m.rows, m.columns) end
+  if not some then self:must(nil, "--skip leaves no matrix that could be quantized") end
   for _, entry in ipairs(self.opts.skip) do
     local found = false
     for _, m in ipairs(self.full:matrices()) do found = found or policy.matches(m.name, entry) end
@@ -312,6 +317,10 @@ end
 ---@return qlua.items
 function run:fewshot(items)
   local path = self:must(data.dev_path(items.path))
+  if not lfs.attributes(path, "mode") then
+    self:must(nil, failure("not_found", path .. ": there is no such file",
+      "--num_fewshot takes its examples from there"))
+  end
   local examples = self:must(data.read(path))
   if #examples < self.opts.num_fewshot then
     self:must(nil, ("%s: %d examples, --num_fewshot asks for %d"):format(path, #examples,

@@ -107,12 +107,16 @@ local function quantization(model)
     matrices = sys.sha256(json.encode(list)) }
 end
 
+--- What has been said of models: their files may change while they are open.
+local told = setmetatable({}, { __mode = "k" })
+
 --- A model: digests of its checkpoint, in what types it is held, how it is quantized.
 ---@param store qlua.store
 ---@param model qlua.model
 ---@param source? string  what --model named; default: its folder
 ---@return table?, qlua.failure?
 function key.model(store, model, source)
+  if told[model] then return told[model] end
   local info = model:info()
   local made = { dtype = info.dtype, kv_dtype = info.kv_dtype, quantization = quantization(model) }
   for kind, paths in pairs(info.folder and files_of(source and core.resolve(source) or "", info.folder)
@@ -121,10 +125,13 @@ function key.model(store, model, source)
     if err then return nil, err end
     made[kind] = hex
   end
+  told[model] = made
   return made
 end
 
 local DEVICE <const> = { "name", "hardware", "isa", "driver", "threads", "numerics" }
+--- What a CUDA device's bits or speed depend on beside.
+local CUDA <const> = { "QLUA_CUDA_SLICE", "QLUA_CUDA_GRAPHS", "QLUA_CUDA_PDL", "QLUA_CUDA_SYNC" }
 
 --- What of a device its values may depend on.
 ---@param info qlua.device_info
@@ -132,6 +139,7 @@ local DEVICE <const> = { "name", "hardware", "isa", "driver", "threads", "numeri
 function key.device(info)
   local made = {}
   for _, field in ipairs(DEVICE) do made[field] = info[field] end
+  for _, name in ipairs(info.name ~= "cpu" and CUDA or {}) do made[name] = os.getenv(name) end
   return made
 end
 

@@ -149,6 +149,7 @@ local function reason(self, s, inputs, options)
 end
 
 local function announce(self, s, inputs, options)
+  if #s.list == 0 then return end
   local missing = #s.list - s.known
   local why = missing > 0 and reason(self, s, inputs, options)
   if missing == 0 then

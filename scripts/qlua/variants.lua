@@ -87,6 +87,7 @@ end
 ---@param list { label: string, spec: table? }[]
 ---@return qlua.variant[]
 function variants.run(run, list)
+  run:check_scheme()
   local task = tasks.mmlu { subject = run.items.subject }
   local prepared = questions.prepare(run.tokenizer, task, run.items, { max_context = run.context })
   local done = { scored = #questions.fitting(prepared) }

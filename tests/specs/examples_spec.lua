@@ -169,6 +169,18 @@ describe("bad input", function()
     end
   end)
 
+  it("modules to skip that are none, or all", function()
+    for _, script in ipairs { "jaccard", "sensitivity", "mixed_precision", "codebook" } do
+      refused({ "--skip", "nothing", "no module" }, script, "--skip", "nothing")
+      refused({ "--skip", "no matrix" }, script, "--skip", "layers,lm_head")
+    end
+  end)
+
+  it("a quantized checkpoint where the script quantizes, and few-shot examples that are not there", function()
+    refused({ "--quantized", "by itself" }, "sensitivity", "--quantized", "examples/models/demo")
+    refused({ "lantern_isles_dev.csv", "--num_fewshot" }, "mmlu", "--num_fewshot", "2")
+  end)
+
   it("a device that is not there", function() refused({ "cuda:99" }, "jaccard", "--device", "cuda:99") end)
 
   it("results that cannot be written", function()
