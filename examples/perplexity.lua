@@ -58,10 +58,10 @@ if run:foresee { { tokens = fed, longest = fed, outputs = #windows[1].targets, s
   run:finish()
 end
 
-local values, done, set = perplexity.measure(run, windows)
-if done * #windows[1].targets < 2 then run:finish() end
-perplexity.keep(windows, values, done)
-local summary = perplexity.summary(values)
+local found = {}
+local values = run:must(perplexity.run(run.full, run.test, windows, run:mapper("windows",
+  { inputs = { context = context } }, found)))
+if #values.reference < 2 then run:finish() end
 
-results.perplexity(run, windows, summary, { sha256 = sys.sha256(text), set = set })
+results.perplexity(run, windows, perplexity.summary(values), { sha256 = sys.sha256(text), set = found.set })
 run:finish()

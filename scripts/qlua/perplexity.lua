@@ -8,6 +8,7 @@
 
 local _ENV <const> = require "qlua.strict"
 
+local batches = require "qlua.batches"
 local core = require "qlua.core"
 local failure = require "qlua.failure"
 local stats = require "qlua.stats"
@@ -78,56 +79,26 @@ local function measure(reference, test, window, w)
   return values
 end
 
-local function append(values, more)
-  for name, list in pairs(more) do table.move(list, 1, #list, #values[name] + 1, values[name]) end
-end
-
-local function no_values() return { reference = {}, test = {}, kl = {}, delta_p = {}, same = {} } end
-
---- Runs every window through both models, one after the other.
+--- Runs every window through both models, one after the other. Windows that a stopped run has not finished
+--- are taken off.
 ---@param reference qlua.model
 ---@param test qlua.model
 ---@param windows qlua.perplexity_windows
----@param each? fun(values: qlua.perplexity_values)  after every window
+---@param map? function  run:map of qlua.experiment, less its name; default: all in memory
 ---@return qlua.perplexity_values?, qlua.failure?
-function perplexity.run(reference, test, windows, each)
-  local values = no_values()
-  for w, window in ipairs(windows) do
-    local more, err = measure(reference, test, window, w)
-    if not more then return nil, err end
-    append(values, more)
-    if each then each(values) end
+function perplexity.run(reference, test, windows, map)
+  local rows, err = (map or batches.map)(windows, { batch = 1 }, function(list, w)
+    local values, why = measure(reference, test, list[1], w)
+    return values and { values }, why
+  end)
+  if not rows then return nil, err end
+  windows.stopped = #rows < #windows
+  for i = #windows, #rows + 1, -1 do windows[i] = nil end
+  local values = { reference = {}, test = {}, kl = {}, delta_p = {}, same = {} }
+  for _, row in ipairs(rows) do
+    for name, list in pairs(row) do table.move(list, 1, #list, #values[name] + 1, values[name]) end
   end
   return values
-end
-
---- The same on the models of an experiment, whose store keeps every finished window.
----@param run qlua.experiment
----@param windows qlua.perplexity_windows
----@return qlua.perplexity_values values, integer done  windows that were finished
----@return string? set  key in the store
-function perplexity.measure(run, windows)
-  local rows, set = run:map("windows", windows, { inputs = { context = windows.context } },
-    function(list, w)
-      local values, err = measure(run.full, run.test, list[1], w)
-      return values and { values }, err
-    end)
-  local values = no_values()
-  for _, row in ipairs(rows) do append(values, row) end
-  return values, #rows, set
-end
-
---- Takes off windows and values what a stopped run did not finish: the first `done` windows stay.
----@param windows qlua.perplexity_windows
----@param values qlua.perplexity_values
----@param done integer
-function perplexity.keep(windows, values, done)
-  local predictions = done * #windows[1].targets
-  windows.stopped = done < #windows
-  for i = #windows, done + 1, -1 do windows[i] = nil end
-  for _, list in pairs(values) do
-    for i = #list, predictions + 1, -1 do list[i] = nil end
-  end
 end
 
 --- exp of a mean with the standard error that follows from the mean's.
