@@ -42,10 +42,11 @@ local figure <const> = record(A_NUMBER,
 local figures <const> = list_of(figure)
 local valued <const> = table_with(figure, { value = NUMBER })
 local summed <const> = table_with(figure, { mean = NUMBER, median = NUMBER })
-local share <const> = { n = NUMBER, correct = A_NUMBER, accuracy = A_NUMBER, wilson = optional(PAIR) }
-local model <const> = record(A_NUMBER, "correct accuracy stderr unparsed cut seconds prompt_tokens "
+local share <const> = { n = NUMBER, correct = NUMBER, accuracy = A_NUMBER, wilson = optional(PAIR) }
+local model <const> = record(A_NUMBER, "accuracy stderr unparsed cut seconds prompt_tokens "
   .. "shared_tokens decode_tokens words words_per_minute decode_tokens_per_second prefill_tokens_per_second",
-  { n = NUMBER, label = STRING, wilson = optional(PAIR), words_per_minute_95 = optional(PAIR) })
+  { n = NUMBER, correct = NUMBER, label = STRING, wilson = optional(PAIR),
+    words_per_minute_95 = optional(PAIR) })
 local compared <const> = record(A_NUMBER, "adjusted_p questions_needed recovery", {
   flips = record(NUMBER, "n both_right right_wrong wrong_right same_wrong other_wrong right_a right_b flips "
     .. "all_flips"), difference = NUMBER, difference_95 = PAIR, mcnemar_p = NUMBER, sentence = A_STRING,
@@ -92,7 +93,7 @@ local SECTIONS <const> = {
 SECTIONS.sensitivity = table_with(SECTIONS.variants, { all = optional(variant) })
 
 -- Fields that are there together or not at all.
-local SHARE <const>, BOUNDS <const> = { "correct", "accuracy", "wilson" }, { "low", "high" }
+local SHARE <const>, BOUNDS <const> = { "accuracy", "wilson" }, { "low", "high" }
 local TOGETHER <const> = { [figure] = BOUNDS, [valued] = BOUNDS, [share] = SHARE, [model] = SHARE,
   [point] = { "seconds", "peak" } }
 
