@@ -119,7 +119,7 @@ end
 function evaluate.loglikelihood(models, prepared, options)
   local all <close> = scorer.new(models, prepared, options)
   local rows, err = (options.map or batches.map)(questions.fitting(prepared), { batch = options.batch_size,
-    id = function(p, _, alone) return questions.id(p, not alone and all.skip) end, code = { options.each } },
+    id = function(p) return questions.id(p, all.skip) end, code = { options.each } },
     function(batch, first) return all:rows(batch, first) end)
   if not rows then return nil, err end
   return gathered(rows, prepared, #models, all.skip, options.control), rows

@@ -438,8 +438,8 @@ end
 
 ---@class qlua.map_options
 ---@field batch? integer    elements that fn is given at once (default 1)
----@field id? fun(element: any, index: integer, alone: boolean): string  what tells an element from others;
----  default: the element itself, as JSON. alone: no value's bits depend on what else is in its batch
+---@field id? fun(element: any, index: integer): string  what tells an element from others; default: the
+---  element itself, as JSON
 ---@field inputs? table     what values depend on beside the models, the questions' files, seed, device, batch
 ---  and fn's code; JSON must hold it. Default: the script's own options
 ---@field code? (function|table)[]  functions and metrics that fn calls without referring to them, or that a
@@ -462,6 +462,11 @@ end
 ---  qlua.failure?
 ---@return any[] values, string? set  its key in the store
 function run:map(name, list, options, fn)
+  if type(name) ~= "string" or type(list) ~= "table" or type(fn) ~= "function" then
+    error("run:map takes a name, a list, options or nil, and a function", 2)
+  elseif options and options.batch and (math.type(options.batch) ~= "integer" or options.batch < 1) then
+    error("run:map: a batch is a whole number of at least 1", 2)
+  end
   options = setmetatable({ batch = options and options.batch or 1,
     alone = self.hardware.numerics == "invariant" }, { __index = options })
   self:must(self.kept:begin())

@@ -129,7 +129,7 @@ end
 --- What tells a question's row from others of its set: the prompt, and with `shared` how many of its tokens
 --- all questions begin with.
 ---@param p qlua.prepared
----@param shared integer|string|false|nil
+---@param shared integer|string|nil
 ---@return string
 function questions.id(p, shared)
   return sys.sha256(("%d %s %d %s"):format(p.index, shared or "-", p.item.answer, p.prompt))

@@ -101,10 +101,14 @@ set.__index = set
 
 --- Ids of the rows: place in the list, what the element is and, where bits depend on it, what was computed
 --- beside it.
-local function row_ids(list, options)
+local function row_ids(name, list, options)
   local ids, parts = {}, {}
   for i, element in ipairs(list) do
-    local text = options.id and options.id(element, i) or json.encode(element)
+    local made, text = pcall(options.id or json.encode, element, options.id and i)
+    if not made or type(text) ~= "string" then
+      error(("%s: what tells element %d from others (its `id`, or it as JSON): %s"):format(name, i,
+        made and "no text" or text), 0)
+    end
     parts[i] = sys.sha256(text):sub(1, 16)
   end
   for first = 1, #list, options.batch do
@@ -184,7 +188,7 @@ function run:set(name, list, options, inputs)
     local ok, err = self:begin()
     if not ok then return nil, err end
     local text
-    s.ids = row_ids(list, options)
+    s.ids = row_ids(name, list, options)
     s.key, text = key.of(inputs)
     rows, err = self.store:rows(s.key)
     if not rows then return nil, err end

@@ -423,6 +423,20 @@ describe("run:map", function()
     assert.truthy(text:find("many: 1 rows reused, 1 to run, because run 1 had other elements", 1, true), text)
   end)
 
+  it("says what is wrong with how it is called", function()
+    local _, text = own [[
+      for _, words in ipairs { { "a", { 1 }, print }, { "a", { 1 }, { batch = 0 }, print }, { nil, { 1 }, nil,
+        print }, { "a", { print }, nil, print }, { "b", { 1 }, { id = function() end }, print } } do
+        print(select(2, pcall(run.map, run, table.unpack(words, 1, 4))))
+      end]]
+    assert.equal(2, select(2, text:gsub("run:map takes a name, a list, options or nil, and a function", "")))
+    assert.truthy(text:find("a batch is a whole number of at least 1", 1, true), text)
+    for _, words in ipairs { "a: what tells element 1 from others (its `id`, or it as JSON): cannot",
+      "b: what tells element 1 from others (its `id`, or it as JSON): no text" } do
+      assert.truthy(text:find(words, 1, true), text)
+    end
+  end)
+
   it("says what is wrong with what fn returns", function()
     local function fails(result, ...)
       local text, code = shell(("'%s' %s"):format(support.QLUA, support.write(folder .. "/bad.lua", ([[
