@@ -303,7 +303,7 @@ describe("Ctrl-C", function()
   local function interrupt(code, signals)
     write("code.lua", "io.stdout:setvbuf('no') print('ready')\n" .. code)
     local again = (signals or 1) > 1 and "sleep 0.1; kill -INT $p 2>/dev/null;" or ""
-    local out, err, status = shell([[$Q code.lua > printed & p=$!
+    local out, err, status = shell([[: > printed; $Q code.lua > printed & p=$!
       while ! grep -q ready printed; do sleep 0.02; done
       sleep 0.1; kill -INT $p; from=$(date +%s%N); ]] .. again .. [[
       ( sleep 10; kill -KILL $p ) 2>/dev/null & guard=$!
