@@ -43,7 +43,8 @@ __attribute__((unused)) static const char *temp_path(const char *name)
 {
     static char paths[64][256];
     char path[sizeof paths[0]];
-    snprintf(path, sizeof path, "%s/%s", temp_root, name);
+    int length = snprintf(path, sizeof path, "%s/%s", temp_root, name);
+    assert_true(length > 0 && (size_t)length < sizeof path);
     size_t i = 0;
     while (i < 64 && paths[i][0] && strcmp(paths[i], path)) i++;
     assert_true(i < 64);
