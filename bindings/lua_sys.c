@@ -20,6 +20,13 @@ static int sys_time(lua_State *L)
     return 1;
 }
 
+/* sys.now() -> seconds since 1970, with their fraction */
+static int sys_now(lua_State *L)
+{
+    lua_pushnumber(L, ql_clock_unix());
+    return 1;
+}
+
 /* sys.isatty(fd) -> boolean */
 static int sys_isatty(lua_State *L)
 {
@@ -99,9 +106,9 @@ static int sys_sha256(lua_State *L)
 int luaopen_qlua_sys(lua_State *L)
 {
     static const luaL_Reg functions[] = {
-        {"time", sys_time},     {"isatty", sys_isatty}, {"columns", sys_columns},
-        {"rename", sys_rename}, {"fsync", sys_fsync},   {"pid", sys_pid},
-        {"memory", sys_memory}, {"sha256", sys_sha256}, {NULL, NULL}};
+        {"time", sys_time},     {"now", sys_now},     {"isatty", sys_isatty}, {"columns", sys_columns},
+        {"rename", sys_rename}, {"fsync", sys_fsync}, {"pid", sys_pid},       {"memory", sys_memory},
+        {"sha256", sys_sha256}, {NULL, NULL}};
     luaL_newlib(L, functions);
     return 1;
 }

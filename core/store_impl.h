@@ -72,6 +72,4 @@ ql_status ql_store_end(ql_store *store, ql_status status, ql_err *err);
 /* Text of a column of the query's row; NULL for SQL's NULL. Clears *ok when memory ran out. */
 const char *ql_store_column(ql_store *store, int column, bool *ok);
 
-double ql_store_now(void); /* Unix time */
-
 #endif

@@ -1,6 +1,7 @@
 /* What is written into a results store and read from it: runs, sets and rows. */
 #include "store_impl.h"
 
+#include "clock.h"
 #include "process.h"
 #include "text.h"
 
@@ -142,7 +143,8 @@ ql_status ql_store_set_add(ql_store *store, const char *key, const char *name, c
 {
     QL_TRY(check_key(store, key, err));
     QL_TRY(ql_store_begin(store, err));
-    ql_status status = ql_store_bind(store, QL_STORE_SET_ADD, err, "sssd", key, name, inputs, ql_store_now());
+    ql_status status =
+        ql_store_bind(store, QL_STORE_SET_ADD, err, "sssd", key, name, inputs, ql_clock_unix());
     if (status == QL_OK) status = ql_store_do(store, QL_STORE_SET_ADD, err);
     return ql_store_end(store, status, err);
 }
@@ -160,7 +162,7 @@ static ql_status do_row(ql_store *store, ql_store_statement which, int64_t run, 
 ql_status ql_store_put(ql_store *store, int64_t run, const char *key, const ql_store_row *rows, size_t n,
                        ql_err *err)
 {
-    double now = ql_store_now();
+    double now = ql_clock_unix();
     QL_TRY(check_key(store, key, err));
     QL_TRY(ql_store_begin(store, err));
     ql_status status = QL_OK;

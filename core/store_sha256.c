@@ -1,6 +1,7 @@
 /* Digests of files, remembered in the store. */
 #include "store_impl.h"
 
+#include "clock.h"
 #include "file.h"
 #include "interrupt.h"
 #include "mem.h"
@@ -81,7 +82,7 @@ static ql_status look_up(ql_store *store, int fd, const char *path, uint64_t siz
     QL_TRY(take_stamp(fd, path, &before, err));
     QL_TRY(recall(store, &before, hex, err));
     if (hex[0]) return QL_OK;
-    int64_t now = (int64_t)(ql_store_now() * 1e9);
+    int64_t now = (int64_t)(ql_clock_unix() * 1e9);
     int64_t changed = before.mtime_ns > before.ctime_ns ? before.mtime_ns : before.ctime_ns;
     QL_TRY(digest(fd, path, size, hex, err));
     ql_status status = take_stamp(fd, path, &after, err);

@@ -8,7 +8,6 @@
 #include <limits.h>
 #include <stdarg.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 static const char *const sql[QL_STORE_STATEMENTS] = {
@@ -42,13 +41,6 @@ static const char *const sql[QL_STORE_STATEMENTS] = {
                           " mtime_ns = excluded.mtime_ns, ctime_ns = excluded.ctime_ns,"
                           " sha256 = excluded.sha256",
 };
-
-double ql_store_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 /* --- errors ----------------------------------------------------------------------------------------------
  */

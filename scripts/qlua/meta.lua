@@ -336,6 +336,10 @@ local sys = {}
 ---@return number
 function sys.time() end
 
+--- Seconds since 1970, with their fraction; the clock may be set.
+---@return number
+function sys.now() end
+
 ---@param fd integer
 ---@return boolean
 function sys.isatty(fd) end

@@ -34,10 +34,9 @@ run.__index = run
 ---  table? }  script: its file; out: where announcements go (default: stderr)
 ---@return qlua.run
 local function new(options)
-  -- the fraction of a second is any: it tells two runs of one second apart
   return setmetatable({ name = options.name, folder = options.folder, fresh = options.fresh,
     command = json.array(options.command), script = options.script, out = options.out or io.stderr,
-    started = os.time() + sys.time() % 1, begun_at = sys.time(), sections = json.array(),
+    started = sys.now(), begun_at = sys.time(), sections = json.array(),
     reused = 0, ran = 0 }, run)
 end
 
