@@ -28,7 +28,8 @@ local document = {}
 ---@class qlua.section_metric
 ---@field name string
 ---@field value number?          nil where no question gave a number (n is 0)
----@field low number?            95 % bootstrap interval of the mean; only where there is one value a question
+---@field low number?            95 % interval of the mean, Wilson's of a share, else by bootstrap; only where
+---  there is one value a question
 ---@field high number?
 ---@field n integer?
 ---@field mean number?

@@ -10,6 +10,7 @@
 ---   higher_is_better  boolean
 ---   values            list that add appends one number an item to: the table then shows mean, interval and
 ---                     median, and a run that goes on where another ended need not measure an item again
+---   share             true: every value is 1 (yes) or 0 (no), and the interval of their mean is Wilson's
 ---
 --- A user's metric is a Lua file that returns one, or a function that makes one, or a list of these.
 
@@ -26,6 +27,7 @@ local metrics = {}
 ---@field name string
 ---@field higher_is_better boolean?
 ---@field values number[]?
+---@field share boolean?
 ---@field add fun(self, reference: qlua.tensor, test: qlua.tensor, item: table)
 ---@field value fun(self): number|table<string, number>
 
@@ -33,9 +35,10 @@ local metrics = {}
 ---@param name string
 ---@param higher_is_better boolean?
 ---@param measure fun(reference: qlua.tensor, test: qlua.tensor, item: table): number?
+---@param share? boolean  its numbers are 1 and 0
 ---@return qlua.metric
-function metrics.per_item(name, higher_is_better, measure)
-  local metric = { name = name, higher_is_better = higher_is_better, values = {} }
+function metrics.per_item(name, higher_is_better, measure, share)
+  local metric = { name = name, higher_is_better = higher_is_better, share = share, values = {} }
   function metric:add(reference, test, item)
     self.values[#self.values + 1] = measure(reference, test, item)
   end
@@ -53,7 +56,7 @@ function metrics.jaccard(k)
       error(("k = %d is larger than the vocabulary of %d"):format(k, reference:size(1)), 0)
     end
     return core.metrics.jaccard(reference, test, ks)[1][1]
-  end)
+  end, k == 1)
 end
 
 --- Share of positions where both models have the same most likely token.
@@ -61,7 +64,7 @@ end
 function metrics.agreement()
   return metrics.per_item("top1_agreement", true, function(reference, test)
     return core.metrics.agreement(reference, test)[1] and 1 or 0
-  end)
+  end, true)
 end
 
 --- KL(full || quantized) in nats over the whole vocabulary.
@@ -222,6 +225,19 @@ function metrics.distinct(list)
   return list
 end
 
+--- 95 % interval of the mean of a metric's values: Wilson's where they are yes and no, else from a bootstrap.
+local function interval(metric, seed)
+  if not metric.share then return stats.bootstrap(metric.values, { seed = seed or 1 }) end
+  local yes = 0
+  for i, value in ipairs(metric.values) do
+    if value ~= 0 and value ~= 1 then
+      error(("metric %s: value %d is %s, and those of a share are 1 and 0"):format(metric.name, i, value), 0)
+    end
+    yes = yes + math.tointeger(value)
+  end
+  return stats.wilson(yes, #metric.values)
+end
+
 --- The row of a metric with one number an item.
 local function item_row(metric, seed)
   local values = metric.values
@@ -230,15 +246,15 @@ local function item_row(metric, seed)
   if #values > 0 then
     row = stats.summary(values)
     row.value = row.mean
-    row.low, row.high = stats.bootstrap(values, { seed = seed or 1 })
+    row.low, row.high = interval(metric, seed)
   end
   row.name, row.higher_is_better, row.values = metric.name, metric.higher_is_better, values
   return row
 end
 
 --- Rows for a table: { name, value, n, higher_is_better }. Where the metric keeps one number an item also
---- what qlua.stats.summary says of them, and low and high, a seeded 95 % bootstrap interval of the mean; if
---- no item gave a number, value is nil and n is 0.
+--- what qlua.stats.summary says of them, and low and high, a 95 % interval of the mean (seeded where it is a
+--- bootstrap); if no item gave a number, value is nil and n is 0.
 ---@param list qlua.metric[]
 ---@param seed integer?
 ---@return table[]

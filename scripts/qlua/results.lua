@@ -69,7 +69,7 @@ function results.metrics(run, r)
   local section = document.metrics(run, r)
   say(run:header(), ("task      %s: %s\n\n"):format(section.task, accounted(section.questions, section.scored,
     section.too_long, section.context, section.data.all)))
-  local control, columns = {}, { "metric", { "mean [95 % bootstrap]", align = "right" },
+  local control, columns = {}, { "metric", { "mean [95 %]", align = "right" },
     { "median", align = "right" } }
   for _, row in ipairs(section.control) do control[row.name] = row end
   local controlled = #section.control > 0
@@ -85,6 +85,7 @@ function results.metrics(run, r)
   show(run, t)
   say(("\n%s v %s%s\n"):format(run.labels[1], run.labels[2],
     controlled and "; full v full is the same model in another batch size: what it shows is noise" or ""))
+  say "intervals: Wilson's where every value is yes or no, else from a bootstrap of the questions\n"
   noise_lines(section.tests)
   run:record(section)
 end

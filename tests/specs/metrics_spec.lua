@@ -270,6 +270,17 @@ describe("a metric of one's own", function()
     assert.is_nil(rows[2].value)
   end)
 
+  it("of yes and no has Wilson's interval, which knows more than a bootstrap where all agree", function()
+    local sure = metrics.per_item("sure", true, print, true)
+    for i = 1, 10 do sure.values[i] = 1 end
+    local row = metrics.summary { sure }[1]
+    assert.is_true(math.abs(row.low - 0.7224672001371107) < 1e-12) -- 1 / (1 + z^2 / 10)
+    assert.equal(1, row.high)
+    sure.values[4] = 0.5
+    raises(function() metrics.summary { sure } end, "metric sure", "value 4", "1 and 0")
+    assert.is_true(metrics.jaccard(1).share and metrics.agreement().share and not metrics.jaccard(2).share)
+  end)
+
   it("is named when it gives NaN", function()
     local odd = metrics.per_item("odd", true, print)
     odd.values = { 1, 0 / 0 }

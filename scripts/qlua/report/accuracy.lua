@@ -194,7 +194,7 @@ local function metrics_table(outcomes)
     end
   end
   if #rows == 0 or #rows > 60 then return nil end
-  return parts.grid("Logits at the answer", { "task", "metric", "mean [95 % bootstrap]", "median",
+  return parts.grid("Logits at the answer", { "task", "metric", "mean [95 %]", "median",
     "full v full" }, rows)
 end
 

@@ -381,7 +381,8 @@ function charts.metrics(section, labels, id)
   local notes = { separate and "Each dot is a question." or "Bars: how many questions have the value.",
     section.control and #section.control > 0 and
       "Full v full is the same model in another batch size: below 1 it is noise." or
-      "Full v full was not measured.", "Intervals: bootstrap of the questions.",
+      "Full v full was not measured.",
+    "Intervals: Wilson’s where every value is yes or no, else from a bootstrap of the questions.",
     section.tests and "Adjusted p: the pair against full v full, paired by question, after Holm." or nil }
   return parts.chart { id = id, title = "Agreement on the next token", lead = lead, picture = picture,
     beside = true, notes = { table.concat(notes, " ") }, table = metrics_table(section) }
