@@ -12,6 +12,7 @@ local failure = require "qlua.failure"
 local json = require "qlua.json"
 local plural = require("qlua.text").plural
 local stats = require "qlua.stats"
+local tables = require "qlua.table"
 
 local compare = {}
 
@@ -157,12 +158,6 @@ local function accuracy(figures, x, y, answers, seed, m)
   end
 end
 
-local function named(list)
-  local map = {}
-  for _, row in ipairs(list or {}) do map[row.name] = row end
-  return map
-end
-
 local function at(values, name) return values and values[name] end
 
 --- A metric's values in both runs, for the questions that both asked.
@@ -178,7 +173,7 @@ end
 
 --- Means of metrics: over the questions that both asked where `matched` has their rows, else over all.
 local function metrics_figures(figures, rows_a, rows_b, task, of, matched, seed)
-  local others = named(rows_b)
+  local others = tables.by_name(rows_b)
   for _, row in ipairs(rows_a) do
     local other = others[row.name]
     local a, b = paired_values(other and matched, row.name)

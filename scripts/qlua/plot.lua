@@ -133,8 +133,7 @@ local function sweep(section, style)
 end
 
 local function metrics(section, style)
-  local rows, control = {}, {}
-  for _, row in ipairs(section.control or {}) do control[row.name] = row end
+  local rows, control = {}, tables.by_name(section.control)
   for _, row in ipairs(section.pair) do
     if row.name:find "^jaccard@" and row.value then
       if #rows > 0 then rows[#rows + 1] = {} end

@@ -40,6 +40,12 @@ end
 
 local function say(...) io.stdout:write(...) end
 
+--- What stands above the table of a section that scores every question once.
+local function introduce(run, s)
+  say(run:header(), ("task      %s: %s\n\n"):format(s.task, accounted(s.questions, s.scored, s.too_long,
+    s.context, s.data.all)))
+end
+
 local function show(run, t) say(t:text { bold = tables.bold_allowed(run.stdout_is_terminal) }) end
 
 local function share_text(share)
@@ -67,11 +73,9 @@ end
 ---  table[], set: string? }
 function results.metrics(run, r)
   local section = document.metrics(run, r)
-  say(run:header(), ("task      %s: %s\n\n"):format(section.task, accounted(section.questions, section.scored,
-    section.too_long, section.context, section.data.all)))
-  local control, columns = {}, { "metric", { "mean [95 %]", align = "right" },
+  introduce(run, section)
+  local control, columns = tables.by_name(section.control), { "metric", { "mean [95 %]", align = "right" },
     { "median", align = "right" } }
-  for _, row in ipairs(section.control) do control[row.name] = row end
   local controlled = #section.control > 0
   if controlled then columns[4] = { "full v full", align = "right" } end
   local t = tables.new(columns)
@@ -248,8 +252,7 @@ function results.variants(run, rows, note)
     t:add(row.label, tables.bytes(row.bytes), ("%.2f"):format(row.bits), bounded(row.kl.value, row.kl.low,
       row.kl.high, "%.5f"), ("%.3f"):format(row.agreement.value), share_text(row.accuracy))
   end
-  say(run:header(), ("task      %s: %s\n\n"):format(section.task, accounted(section.questions,
-    section.scored, section.too_long, section.context, section.data.all)))
+  introduce(run, section)
   show(run, t)
   say("\n", section.note, "\n")
   run:record(section)
@@ -275,8 +278,7 @@ function results.sensitivity(run, rows, all)
     t:rule()
     add(section.all)
   end
-  say(run:header(), ("task      %s: %s\n\n"):format(section.task, accounted(section.questions,
-    section.scored, section.too_long, section.context, section.data.all)))
+  introduce(run, section)
   show(run, t)
   say("\n", section.note, " KL: divergence of the answers from the full model's, in nats.\n")
   run:record(section)
@@ -287,8 +289,7 @@ end
 ---@param r table  what document.nucleus takes
 function results.nucleus(run, r)
   local section, full, test = document.nucleus(run, r), run.labels[1], run.labels[2]
-  say(run:header(), ("task      %s: %s\n\n"):format(section.task, accounted(section.questions,
-    section.scored, section.too_long, section.context, section.data.all)))
+  introduce(run, section)
   local t = tables.new { { "temperature", align = "right" }, { "top-p", align = "right" },
     { "overlap [95 %]", align = "right" }, { "full v full", align = "right" },
     { "tokens " .. full, align = "right" }, { "tokens " .. test, align = "right" },

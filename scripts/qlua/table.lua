@@ -162,4 +162,13 @@ local function interval(value, low, high, format)
   return (format .. " [" .. format .. ", " .. format .. "]"):format(value, low, high)
 end
 
-return { new = new, bold_allowed = bold_allowed, bytes = bytes, interval = interval }
+--- Rows by their field `name`.
+---@param rows { name: string }[]?
+---@return table<string, table>
+local function by_name(rows)
+  local map = {}
+  for _, row in ipairs(rows or {}) do map[row.name] = row end
+  return map
+end
+
+return { new = new, bold_allowed = bold_allowed, by_name = by_name, bytes = bytes, interval = interval }

@@ -183,8 +183,7 @@ end
 local function metrics_table(outcomes)
   local rows = {}
   for _, o in ipairs(outcomes) do
-    local control = {}
-    for _, row in ipairs(o.control_metrics or {}) do control[row.name] = row end
+    local control = tables.by_name(o.control_metrics)
     for _, row in ipairs(o.metrics or {}) do
       local same = control[row.name]
       rows[#rows + 1] = { key = ("answer/%s/%s"):format(o.task, row.name), o.task, { text = row.name },

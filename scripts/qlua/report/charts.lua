@@ -5,6 +5,7 @@ local _ENV <const> = require "qlua.strict"
 local markup = require "qlua.report.markup"
 local parts = require "qlua.report.parts"
 local svg = require "qlua.report.svg"
+local tables = require "qlua.table"
 
 local h <const> = markup.tags
 
@@ -301,9 +302,7 @@ local function swarm(values, x, width, y)
 end
 
 local function metrics_table(section)
-  local control, tests, rows = {}, {}, {}
-  for _, row in ipairs(section.control or {}) do control[row.name] = row end
-  for _, test in ipairs(section.tests or {}) do tests[test.name] = test end
+  local control, tests, rows = tables.by_name(section.control), tables.by_name(section.tests), {}
   local function shown(row)
     if not row then return { text = "–" } end
     local format = row.value and row.value ~= 0 and math.abs(row.value) < 0.01 and "%.2e" or "%.3f"
