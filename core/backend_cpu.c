@@ -500,7 +500,7 @@ static void raise_packed(const cpu_context *c, const ql_matrix *w, int64_t m, si
 }
 
 /* What grows with the pass: the widest product's activations and the runs of attention. Not the threads'
- * scratch, under 1 MiB each whatever the model. */
+ * scratch, each little more than 48 rows of the widest product at most. */
 static size_t cpu_pass_bytes(void *ctx, const ql_pass *p)
 {
     const cpu_context *c = ctx;

@@ -1,12 +1,11 @@
 /* y = x W^T: one chain of 16-lane fused multiply-adds per output, in order of k, whatever the batch.
  *
- * One or two activation rows (up to four of 4-bit weights with AVX-512): op_direct.c. More: k is cut in
- * pieces, and a register tile of R weight rows x C activation rows passes over a piece, some of the 16 lanes
- * at a time where vectors are shorter. Activations are packed beforehand, once for all outputs, in the order
- * in which the tile reads them; between pieces the accumulators rest in memory, which leaves the chain as it
- * was. Few activation rows: one pass over the weights, dense ones widened in registers, 4-bit ones decoded in
- * the first-level cache. Many: a strip's piece is decoded to a panel in the second-level cache, in the tile's
- * order too, and tile after tile passes over it.
+ * One or two activation rows (up to four of 4-bit weights with AVX-512): op_direct.c. More than FEW:
+ * op_prefill.c. Between them, k is cut in pieces, and a register tile of R weight rows x C activation rows
+ * passes over a piece, some of the 16 lanes at a time where vectors are shorter. Activations are packed
+ * beforehand, once for all outputs, in the order in which the tile reads them; between pieces the
+ * accumulators rest in memory, which leaves the chain as it was. It is one pass over the weights, dense ones
+ * widened in registers, 4-bit ones decoded in the first-level cache.
  */
 #include "ops.h"
 
@@ -14,41 +13,34 @@ enum {
     R = V16_TILE_ROWS,
     C = V16_TILE_COLS,
     STRIP = 48,                   /* most weight rows taken together: a multiple of 16 and of R */
-    STRIP_BYTES = 256 * 1024,     /* of weights in a strip of few activation rows: the next one is fetched */
+    STRIP_BYTES = 256 * 1024,     /* of weights in a strip: the next one is fetched */
     PIECE = V16_TILE_PIECE,       /* inputs a piece: of R + C rows they fit the first-level cache */
-    FEW = 32,                     /* activation rows worth no panel */
-    BATCH = 256,                  /* most activation rows that share a decoded strip: their sums stay near */
+    FEW = 40,                     /* activation rows worth no panel */
     ACC_STRIDE = STRIP * 16 + 16, /* floats from one activation row's accumulators to the next's */
 };
 
 /* What a run of the tile reads and writes. acc + c * ACC_STRIDE + r * 16 holds the lanes of one output. */
 typedef struct {
-    const char *row[R]; /* first input of each weight row; [0] alone for a panel */
+    const char *row[R]; /* first input of each weight row */
     const float *x;     /* [16 / VT_LANES][steps][cols][VT_LANES] */
     int64_t steps;      /* vectors of 16 inputs */
-    int lane, lane_end; /* which of the 16 lanes: multiples of VT_LANES */
     bool first;         /* the sums start at zero */
     float *acc;
     const char *next; /* fetched from memory: each step of each pass takes `advance` bytes of it */
     int64_t advance;
 } work;
 
-/* `panel`: weights lie as activations do, [16 / VT_LANES][steps][R][VT_LANES], and `next` is not looked at.
- * Lanes do not meet, so an instruction set of shorter vectors takes them in several passes, which its
+/* Lanes do not meet, so an instruction set of shorter vectors takes them in several passes, which its
  * registers fit. */
-QK_INLINE void tile(const work *t, qk_format format, bool panel, int cols)
+QK_INLINE void tile(const work *t, qk_format format, int cols)
 {
     const int size = format == QK_F32 ? 4 : 2, lines = (R * VT_LANES * size + 63) / 64;
-    const int64_t step = panel ? R * VT_LANES * size : 16 * size;
+    const int64_t step = 16 * size;
     const char *next = t->next;
-    for (int lane = t->lane; lane < t->lane_end; lane += VT_LANES) {
+    for (int lane = 0; lane < 16; lane += VT_LANES) {
         vt sum[C][R];
         const char *row[R];
-        QK_UNROLL for (int r = 0; r < R; r++)
-        {
-            row[r] =
-                panel ? t->row[0] + (lane * t->steps * R + r * VT_LANES) * size : t->row[r] + lane * size;
-        }
+        QK_UNROLL for (int r = 0; r < R; r++) row[r] = t->row[r] + lane * size;
         QK_UNROLL for (int c = 0; c < cols; c++)
         {
             QK_UNROLL for (int r = 0; r < R; r++)
@@ -60,7 +52,7 @@ QK_INLINE void tile(const work *t, qk_format format, bool panel, int cols)
         const int64_t bytes = t->steps * step, advance = t->advance;
         for (int64_t i = 0; i < bytes; i += step, x += cols * VT_LANES, next += advance) {
             vt v[R];
-            if (!panel) QK_UNROLL for (int l = 0; l < lines; l++) __builtin_prefetch(next + 64 * l, 0, 2);
+            QK_UNROLL for (int l = 0; l < lines; l++) __builtin_prefetch(next + 64 * l, 0, 2);
             QK_UNROLL for (int r = 0; r < R; r++) v[r] = vt_load_as(format, row[r] + i);
             QK_UNROLL for (int c = 0; c < cols; c++)
             {
@@ -80,47 +72,41 @@ QK_INLINE void tile(const work *t, qk_format format, bool panel, int cols)
 
 typedef void tile_fn(const work *t);
 
-#define TILE(name, format, panel, cols)                                                                      \
+#define TILE(name, format, cols)                                                                             \
     static __attribute__((noinline)) void name##_##cols(const work *t)                                       \
     {                                                                                                        \
-        tile(t, format, panel, cols);                                                                        \
+        tile(t, format, cols);                                                                               \
     }
 #if V16_TILE_COLS == 6
-#define TILES(name, format, panel)                                                                           \
-    TILE(name, format, panel, 1)                                                                             \
-    TILE(name, format, panel, 2)                                                                             \
-    TILE(name, format, panel, 3)                                                                             \
-    TILE(name, format, panel, 4)                                                                             \
-    TILE(name, format, panel, 5)                                                                             \
-    TILE(name, format, panel, 6)                                                                             \
+#define TILES(name, format)                                                                                  \
+    TILE(name, format, 1)                                                                                    \
+    TILE(name, format, 2)                                                                                    \
+    TILE(name, format, 3)                                                                                    \
+    TILE(name, format, 4)                                                                                    \
+    TILE(name, format, 5)                                                                                    \
+    TILE(name, format, 6)                                                                                    \
     static tile_fn *const name[C] = {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6};
 #elif V16_TILE_COLS == 4
-#define TILES(name, format, panel)                                                                           \
-    TILE(name, format, panel, 1)                                                                             \
-    TILE(name, format, panel, 2)                                                                             \
-    TILE(name, format, panel, 3)                                                                             \
-    TILE(name, format, panel, 4)                                                                             \
+#define TILES(name, format)                                                                                  \
+    TILE(name, format, 1)                                                                                    \
+    TILE(name, format, 2)                                                                                    \
+    TILE(name, format, 3)                                                                                    \
+    TILE(name, format, 4)                                                                                    \
     static tile_fn *const name[C] = {name##_1, name##_2, name##_3, name##_4};
 #else
-#define TILES(name, format, panel)                                                                           \
-    TILE(name, format, panel, 1)                                                                             \
-    TILE(name, format, panel, 2)                                                                             \
+#define TILES(name, format)                                                                                  \
+    TILE(name, format, 1)                                                                                    \
+    TILE(name, format, 2)                                                                                    \
     static tile_fn *const name[C] = {name##_1, name##_2};
 #endif
 
-TILES(tiles_panel, QK_F32, true)
-TILES(tiles_f32, QK_F32, false)
-TILES(tiles_f16, QK_F16, false)
-TILES(tiles_bf16, QK_BF16, false)
+TILES(tiles_f32, QK_F32)
+TILES(tiles_f16, QK_F16)
+TILES(tiles_bf16, QK_BF16)
 
 static tile_fn *const *tiles_of(qk_format format)
 {
     return format == QK_BF16 ? tiles_bf16 : format == QK_F16 ? tiles_f16 : tiles_f32;
-}
-
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
 }
 
 /* k up to whole vectors. */
@@ -129,15 +115,9 @@ static int64_t padded(int64_t k)
     return (k + 15) / 16 * 16;
 }
 
-static int64_t row_bytes(const qk_matrix *w, int64_t inputs)
+void QK_NAME(decode_row)(const qk_matrix *w, bool finite, int64_t n, int64_t k0, int64_t k1, float *dst)
 {
-    return w->format == QK_4BIT ? inputs / 2 : inputs * (w->format == QK_F32 ? 4 : 2);
-}
-
-/* Inputs [k0, k1) of one weight row as float32; lanes past k1 are 0. */
-static void decode_row(const qk_matrix *w, bool finite, int64_t n, int64_t k0, int64_t k1, float *dst)
-{
-    const char *row = (const char *)w->data + (w->format == QK_4BIT ? 0 : row_bytes(w, n * w->k + k0));
+    const char *row = (const char *)w->data + (w->format == QK_4BIT ? 0 : qk_row_bytes(w, n * w->k + k0));
     const int64_t count = k1 - k0;
     int64_t i = 0;
     switch (w->format) {
@@ -190,8 +170,12 @@ static int64_t part_start(int64_t m, int64_t part)
 /* Piece after piece of k, in each of them tile after tile. */
 void QK_NAME(matmul_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1, float *packed)
 {
+    if (m > FEW) {
+        QK_NAME(prefill_pack)(x, k, m, t0, t1, packed);
+        return;
+    }
     for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
-        const int64_t inputs = least(k - k0, PIECE);
+        const int64_t inputs = qk_least(k - k0, PIECE);
         for (int64_t t = t0; t < t1; t++) {
             const int64_t part = ((t + 1) * parts_of(m) - 1) / m, c0 = part_start(m, part);
             const int cols = (int)(part_start(m, part + 1) - c0);
@@ -218,9 +202,9 @@ static void find_rows(const qk_matrix *w, int64_t n, int rows, int64_t k0, int64
     out->tiles = tiles_of(in_place ? w->format : QK_F32);
     out->steps = stride / 16;
     for (int r = 0; r < rows; r++) {
-        out->row[r] = in_place ? (const char *)w->data + row_bytes(w, (n + r) * w->k + k0)
+        out->row[r] = in_place ? (const char *)w->data + qk_row_bytes(w, (n + r) * w->k + k0)
                                : (const char *)(panel + r * stride);
-        if (!in_place) decode_row(w, out->finite, n + r, k0, k1, panel + r * stride);
+        if (!in_place) QK_NAME(decode_row)(w, out->finite, n + r, k0, k1, panel + r * stride);
     }
     for (int r = rows; r < R; r++) out->row[r] = out->row[rows - 1]; /* the last group repeats the last row */
 }
@@ -230,7 +214,7 @@ static void run_tiles(const source *s, const float *block, int64_t m, bool first
                       const char *next, int64_t bytes)
 {
     const int64_t parts = parts_of(m), each = bytes / parts;
-    work t = {.steps = s->steps, .lane_end = 16, .first = first, .next = next};
+    work t = {.steps = s->steps, .first = first, .next = next};
     t.advance = each / (s->steps * (16 / VT_LANES));
     QK_UNROLL for (int i = 0; i < R; i++) t.row[i] = s->row[i];
     for (int64_t p = 0, c0 = 0; p < parts; p++, t.next += each) {
@@ -242,11 +226,10 @@ static void run_tiles(const source *s, const float *block, int64_t m, bool first
     }
 }
 
-/* Outputs of activation rows [t0, t1), the first of which has its sums at `acc`. */
-static void finish_strip(const qk_matrix *w, const float *bias, int64_t t0, int64_t t1, bool add, float *y,
-                         int64_t n, int rows, const float *acc)
+static void finish_strip(const qk_matrix *w, const float *bias, int64_t m, bool add, float *y, int64_t n,
+                         int rows, const float *acc)
 {
-    for (int64_t t = t0; t < t1; t++, acc += ACC_STRIDE) {
+    for (int64_t t = 0; t < m; t++, acc += ACC_STRIDE) {
         for (int r = 0; r < rows; r += 16) {
             qk_finish(acc + r * 16, bias ? bias + n + r : NULL, add, y + t * w->n + n + r,
                       rows - r < 16 ? rows - r : 16);
@@ -254,107 +237,29 @@ static void finish_strip(const qk_matrix *w, const float *bias, int64_t t0, int6
     }
 }
 
-/* The parts of `scratch`, in floats. */
-typedef struct {
-    size_t acc, panel;
-} room;
-
-static room rooms(int64_t m)
-{
-    return (room){(size_t)(m * ACC_STRIDE), (size_t)((m <= FEW ? R : STRIP + 1) * PIECE)};
-}
-
 static void matmul_few(const qk_matrix *w, const float *bias, const float *packed, int64_t m, bool add,
                        float *y, int64_t n0, int64_t n1, float *scratch)
 {
-    float *acc = scratch, *panel = acc + rooms(m).acc;
+    float *acc = scratch, *panel = acc + m * ACC_STRIDE;
     const bool finite = w->format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
     const int64_t k = w->k;
-    int64_t strip = STRIP_BYTES / row_bytes(w, k + 1) / R * R;
-    strip = strip < R ? R : least(strip, STRIP);
+    int64_t strip = STRIP_BYTES / qk_row_bytes(w, k + 1) / R * R;
+    strip = strip < R ? R : qk_least(strip, STRIP);
     for (int64_t n = n0; n < n1; n += strip) {
-        const int64_t rows = least(strip, n1 - n);
-        const char *next = (const char *)w->data + row_bytes(w, (n + strip) * k);
+        const int64_t rows = qk_least(strip, n1 - n);
+        const char *next = (const char *)w->data + qk_row_bytes(w, (n + strip) * k);
         for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
-            const int64_t k1 = least(k, k0 + PIECE);
+            const int64_t k1 = qk_least(k, k0 + PIECE);
             for (int64_t r = 0; r < rows; r += R) {
                 source s = {.finite = finite};
-                int sub = (int)least(R, rows - r);
-                int64_t bytes = row_bytes(w, sub * (k1 - k0));
+                int sub = (int)qk_least(R, rows - r);
+                int64_t bytes = qk_row_bytes(w, sub * (k1 - k0));
                 find_rows(w, n + r, sub, k0, k1, panel, &s);
                 run_tiles(&s, packed + k0 * m, m, k0 == 0, acc + r * 16, next, bytes);
                 next += bytes;
             }
         }
-        finish_strip(w, bias, 0, m, add, y, n, (int)rows, acc);
-    }
-}
-
-/* Inputs [k0, k1) of weight rows [n, n + rows) to a panel; the last group repeats the last row. */
-static void decode_panel(const qk_matrix *w, bool finite, int64_t n, int rows, int64_t k0, int64_t k1,
-                         float *row, float *panel)
-{
-    for (int r = 0; r < rows || r % R; r++) {
-        if (r < rows) decode_row(w, finite, n + r, k0, k1, row);
-        spread_row(row, k1 - k0, R, panel + r / R * R * padded(k1 - k0) + r % R * VT_LANES);
-    }
-}
-
-/* One tile's activations t->x over a panel, sums from `acc` on. Meanwhile come the sums of the next group,
- * and the activations of the next tile, which follow: both have left the nearest caches since their last use.
- */
-static void run_panel(work *t, int cols, const float *panel, int rows, float *acc)
-{
-    enum { LINES = PIECE * C / 16 / (STRIP / R * 16 / VT_LANES) };
-    const char *next = (const char *)(t->x + cols * t->steps * 16);
-    for (t->lane = 0; t->lane < 16; t->lane = t->lane_end) {
-        t->lane_end = t->lane + VT_LANES;
-        for (int r = 0; r < rows; r += R, next += 64 * LINES) {
-            t->row[0] = (const char *)(panel + r * t->steps * 16);
-            t->acc = acc + r * 16;
-            for (int c = 0; c < cols; c++) {
-                QK_UNROLL for (int i = R; i < 2 * R; i++)
-                {
-                    __builtin_prefetch(t->acc + c * ACC_STRIDE + i * 16, 1, 3);
-                }
-            }
-            QK_UNROLL for (int l = 0; l < LINES; l++) __builtin_prefetch(next + 64 * l, 0, 2);
-            tiles_panel[cols - 1](t);
-        }
-    }
-}
-
-/* Tiles [part0, part1) of m activation rows over a strip. */
-static void matmul_strip(const qk_matrix *w, bool finite, const float *bias, const float *packed, int64_t m,
-                         int64_t part0, int64_t part1, bool add, float *y, int64_t n, int rows,
-                         float *scratch)
-{
-    const int64_t k = w->k, t0 = part_start(m, part0);
-    float *panel = scratch + rooms(part_start(m, part1) - t0).acc, *row = panel + STRIP * PIECE;
-    for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
-        const int64_t k1 = least(k, k0 + PIECE);
-        work t = {.steps = padded(k1 - k0) / 16, .first = k0 == 0};
-        decode_panel(w, finite, n, rows, k0, k1, row, panel);
-        for (int64_t p = part0; p < part1; p++) {
-            const int64_t c0 = part_start(m, p), c1 = part_start(m, p + 1);
-            float *acc = scratch + (c0 - t0) * ACC_STRIDE;
-            t.x = packed + m * k0 + c0 * t.steps * 16;
-            run_panel(&t, (int)(c1 - c0), panel, rows, acc);
-            if (k1 == k) finish_strip(w, bias, c0, c1, add, y, n, rows, acc);
-        }
-    }
-}
-
-static void matmul_many(const qk_matrix *w, const float *bias, const float *packed, int64_t m, bool add,
-                        float *y, int64_t n0, int64_t n1, float *scratch)
-{
-    const bool finite = w->format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
-    const int64_t parts = parts_of(m), most = BATCH / C, batches = (parts + most - 1) / most;
-    for (int64_t b = 0; b < batches; b++) {
-        for (int64_t n = n0; n < n1; n += STRIP) {
-            matmul_strip(w, finite, bias, packed, m, parts * b / batches, parts * (b + 1) / batches, add, y,
-                         n, (int)least(STRIP, n1 - n), scratch);
-        }
+        finish_strip(w, bias, m, add, y, n, (int)rows, acc);
     }
 }
 
@@ -367,23 +272,24 @@ static bool is_direct(const qk_matrix *w, int64_t m)
 
 size_t QK_NAME(matmul_packed)(const qk_matrix *w, int64_t m)
 {
-    return is_direct(w, m) ? 0 : (size_t)(m * padded(w->k)) * sizeof(float);
+    if (is_direct(w, m)) return 0;
+    return m > FEW ? QK_NAME(prefill_packed)(w->k, m) : (size_t)(m * padded(w->k)) * sizeof(float);
 }
 
 size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m)
 {
     if (is_direct(w, m)) return QK_NAME(direct_scratch)(w, m);
-    room at = rooms(least(m, BATCH));
-    return (at.acc + at.panel) * sizeof(float);
+    return m > FEW ? QK_NAME(prefill_scratch)(w->k, m) : (size_t)(m * ACC_STRIDE + R * PIECE) * sizeof(float);
 }
 
 void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                      int64_t n0, int64_t n1, void *scratch)
 {
     if (m <= 0 || n0 >= n1) return;
-    if (is_direct(w, m)) {
+    if (is_direct(w, m))
         QK_NAME(direct)(w, bias, x, m, add, y, n0, n1, scratch);
-        return;
-    }
-    (m <= FEW ? matmul_few : matmul_many)(w, bias, x, m, add, y, n0, n1, scratch);
+    else if (m > FEW)
+        QK_NAME(prefill)(w, bias, x, m, add, y, n0, n1, scratch);
+    else
+        matmul_few(w, bias, x, m, add, y, n0, n1, scratch);
 }

@@ -14,6 +14,15 @@ void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int6
 size_t QK_NAME(direct_scratch)(const qk_matrix *w, int64_t m);
 void QK_NAME(direct)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                      int64_t n0, int64_t n1, void *scratch);
+/* The same for many: m > 24. Scratch of k inputs, whatever the format. */
+size_t QK_NAME(prefill_packed)(int64_t k, int64_t m);
+void QK_NAME(prefill_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1, float *packed);
+size_t QK_NAME(prefill_scratch)(int64_t k, int64_t m);
+void QK_NAME(prefill)(const qk_matrix *w, const float *bias, const float *packed, int64_t m, bool add,
+                      float *y, int64_t n0, int64_t n1, float *scratch);
+/* Inputs [k0, k1) of one weight row as float32, with zeros up to whole vectors; `finite` as for qk_block_lut.
+ */
+void QK_NAME(decode_row)(const qk_matrix *w, bool finite, int64_t n, int64_t k0, int64_t k1, float *dst);
 void QK_NAME(attention)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, void *scratch);
 void QK_NAME(attention_run)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, int64_t run,
                             void *scratch);
@@ -48,10 +57,20 @@ QK_INLINE v16 qk_block_lut(const qk_matrix *w, v16 code, int64_t block_index, bo
     return finite && w->round_to == QK_BF16 ? v16_round_bf16_number(v) : v16_round_to(w->round_to, v);
 }
 
-/* Folds `rows` <= 16 accumulators of 16 lanes into outputs y[0 .. rows). */
-QK_INLINE void qk_finish(const float *acc, const float *bias, bool add, float *y, int rows)
+QK_INLINE int64_t qk_least(int64_t a, int64_t b)
 {
-    v16 s = v16_hsum16(acc);
+    return a < b ? a : b;
+}
+
+/* Bytes of so many inputs of a row. */
+QK_INLINE int64_t qk_row_bytes(const qk_matrix *w, int64_t inputs)
+{
+    return w->format == QK_4BIT ? inputs / 2 : inputs * (w->format == QK_F32 ? 4 : 2);
+}
+
+/* `rows` <= 16 sums to outputs y[0 .. rows). */
+QK_INLINE void qk_give(v16 s, const float *bias, bool add, float *y, int rows)
+{
     if (rows == 16) {
         if (bias) s = v16_add(s, v16_load(bias));
         if (add) s = v16_add(v16_load(y), s);
@@ -61,6 +80,12 @@ QK_INLINE void qk_finish(const float *acc, const float *bias, bool add, float *y
     if (bias) s = v16_add(s, v16_load_n(bias, rows));
     if (add) s = v16_add(v16_load_n(y, rows), s);
     v16_store_n(y, s, rows);
+}
+
+/* Folds `rows` <= 16 accumulators of 16 lanes into outputs y[0 .. rows). */
+QK_INLINE void qk_finish(const float *acc, const float *bias, bool add, float *y, int rows)
+{
+    qk_give(v16_hsum16(acc), bias, add, y, rows);
 }
 
 #endif

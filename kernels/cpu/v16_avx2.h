@@ -1,6 +1,8 @@
 /* v16 on AVX2, FMA and F16C: two registers. Included by v16.h only. */
 #include <immintrin.h>
 
+#include "v16_transpose.h"
+
 typedef struct {
     __m256 lo, hi;
 } v16;
@@ -10,6 +12,11 @@ typedef struct {
 #define V16_TILE_ROWS 3
 #define V16_TILE_COLS 4
 #define V16_TILE_PIECE 1024
+/* That of many activation rows, lane by lane: 12 accumulators, 2 weights and an activation; 16 KiB of weights
+ * are passed over. */
+#define V16_PREFILL_VECTORS 2
+#define V16_PREFILL_COLS 6
+#define V16_PREFILL_STEPS 256
 #define V16_DIRECT_ROWS 2
 #define V16_DIRECT_COLS 2
 #define V16_DIRECT_STEP 32
@@ -409,6 +416,11 @@ QK_INLINE vt vt_zero(void)
     return _mm256_setzero_ps();
 }
 
+QK_INLINE vt vt_set1(float f)
+{
+    return _mm256_set1_ps(f);
+}
+
 QK_INLINE vt vt_load(const float *p)
 {
     return _mm256_loadu_ps(p);
@@ -417,6 +429,11 @@ QK_INLINE vt vt_load(const float *p)
 QK_INLINE void vt_store(float *p, vt v)
 {
     _mm256_storeu_ps(p, v);
+}
+
+QK_INLINE vt vt_add(vt a, vt b)
+{
+    return _mm256_add_ps(a, b);
 }
 
 QK_INLINE vt vt_fma(vt a, vt b, vt c)

@@ -1,12 +1,19 @@
 /* v16 on AVX-512 (F, BW, DQ, VL): one register. Included by v16.h only. */
 #include <immintrin.h>
 
+#include "v16_transpose.h"
+
 typedef __m512 v16;
 
 /* Register tile of the product: 24 accumulators, 4 weights and an activation in 32 registers. */
 #define V16_TILE_ROWS 4
 #define V16_TILE_COLS 6
 #define V16_TILE_PIECE 512
+/* That of many activation rows, lane by lane: 24 accumulators, 3 weights and an activation; 12 KiB of weights
+ * are passed over. */
+#define V16_PREFILL_VECTORS 3
+#define V16_PREFILL_COLS 8
+#define V16_PREFILL_STEPS 64
 /* Weight rows taken at once, and most activation rows, when 4-bit weights are decoded in registers. */
 #define V16_DIRECT_ROWS 4
 #define V16_DIRECT_COLS 4
@@ -221,6 +228,8 @@ QK_INLINE v16 v16_hsum16(const float *rows)
 typedef v16 vt;
 #define VT_LANES 16
 #define vt_zero v16_zero
+#define vt_set1 v16_set1
 #define vt_load v16_load
 #define vt_store v16_store
+#define vt_add v16_add
 #define vt_fma v16_fma

@@ -8,6 +8,9 @@ typedef struct {
 #define V16_TILE_ROWS 2
 #define V16_TILE_COLS 2
 #define V16_TILE_PIECE 512
+#define V16_PREFILL_VECTORS 1
+#define V16_PREFILL_COLS 4
+#define V16_PREFILL_STEPS 64
 #define V16_DIRECT_ROWS 2
 #define V16_DIRECT_COLS 2
 #define V16_DIRECT_STEP 16
@@ -151,10 +154,19 @@ QK_INLINE v16 v16_hsum16(const float *rows)
     V16_EACH(v16_hsum(v16_load(rows + 16 * l)));
 }
 
+/* 16 inputs of `rows` rows `stride` apart, lane by lane: to[lane * apart + row]. */
+QK_INLINE void v16_transpose(const float *p, int64_t stride, int rows, float *to, int64_t apart)
+{
+    for (int lane = 0; lane < 16; lane++)
+        for (int r = 0; r < rows; r++) to[lane * apart + r] = p[r * stride + lane];
+}
+
 /* The product's register tile holds whole v16. */
 typedef v16 vt;
 #define VT_LANES 16
 #define vt_zero v16_zero
+#define vt_set1 v16_set1
 #define vt_load v16_load
 #define vt_store v16_store
+#define vt_add v16_add
 #define vt_fma v16_fma

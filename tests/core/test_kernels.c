@@ -84,6 +84,21 @@ static void test_4bit_products(void **state)
     }
 }
 
+/* Tiles of every width, their last group of outputs short or not, rows of one piece and of several. */
+static void test_many_activations(void **state)
+{
+    (void)state;
+    const int64_t shapes[][2] = {{1, 1},    {5, 15},  {17, 33},   {50, 32},  {16, 256},
+                                 {33, 100}, {64, 48}, {19, 1040}, {7, 2063}, {3, 4128}};
+    for (qk_format f = QK_F32; f <= QK_4BIT; f++) {
+        for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+            qk_matrix w = new_matrix(f, shapes[i][0], shapes[i][1], 64, QK_BF16);
+            for (int64_t m = 41; m <= 76; m += shapes[i][1] > 1000 ? 7 : 3) check_product(&w, m);
+            free_matrix(&w);
+        }
+    }
+}
+
 /* More activations than one pass over the weights takes, rows longer than one piece and strips of few rows.
  */
 static void test_large_products(void **state)
@@ -107,10 +122,10 @@ static void test_batch_invariance(void **state)
     {
         for (qk_format f = QK_F32; f <= QK_4BIT; f++) {
             qk_matrix w = new_matrix(f, 70, 704, 64, QK_BF16);
-            float *x = new_floats(32 * 704), *alone = new_floats(32 * 70), *y = new_floats(32 * 70);
-            for (int64_t t = 0; t < 32; t++)
+            float *x = new_floats(70 * 704), *alone = new_floats(70 * 70), *y = new_floats(70 * 70);
+            for (int64_t t = 0; t < 70; t++)
                 run_matmul(cpu, &w, NULL, x + t * 704, 1, false, alone + t * 70, 70);
-            for (int64_t m = 1; m <= 32; m++) {
+            for (int64_t m = 1; m <= 70; m += m < 44 ? 1 : 5) {
                 run_matmul(cpu, &w, NULL, x, m, false, y, 70);
                 assert_same_bits(y, alone, (size_t)(m * 70));
             }
@@ -127,12 +142,12 @@ static void test_bias_and_add(void **state)
     (void)state;
     FOR_EACH_CPU(cpu)
     {
-        for (int64_t m = 1; m <= 9; m += 4) {
+        for (int64_t m = 1; m <= 45; m += 4) {
             qk_matrix w = new_matrix(QK_BF16, 37, 50, 0, QK_F32);
             float *x = new_floats((size_t)m * 50), *bias = new_floats(37), *y = new_floats((size_t)m * 37);
             float *before = new_bytes((size_t)m * 37 * sizeof *y);
             memcpy(before, y, (size_t)m * 37 * sizeof *y);
-            run_matmul(cpu, &w, bias, x, m, true, y, 37);
+            run_matmul(cpu, &w, bias, x, m, true, y, m % 8 == 1 ? 37 : 11);
             for (int64_t i = 0; i < m * 37; i++) {
                 float expect = before[i] + (reference_dot(&w, i % 37, x + i / 37 * 50) + bias[i % 37]);
                 assert_same_bits(&y[i], &expect, 1);
@@ -183,9 +198,9 @@ static void test_nan_scale_is_not_lost(void **state)
         for (qk_format round_to = QK_F32; round_to <= QK_BF16; round_to++) {
             qk_matrix w = new_matrix(QK_4BIT, 1, 64, 64, round_to);
             *(float *)(uintptr_t)w.absmax = qk_from_bits(0x7fffffff);
-            float x[64 * 8], y[8];
-            for (int i = 0; i < 64 * 8; i++) x[i] = 1;
-            for (int m = 1; m <= 8; m += 7) {
+            float x[64 * 43], y[43];
+            for (int i = 0; i < 64 * 43; i++) x[i] = 1;
+            for (int m = 1; m <= 43; m += 7) {
                 run_matmul(cpu, &w, NULL, x, m, false, y, 1);
                 assert_true(isnan(y[0]));
             }
@@ -333,6 +348,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_dense_products),
         cmocka_unit_test(test_4bit_products),
+        cmocka_unit_test(test_many_activations),
         cmocka_unit_test(test_large_products),
         cmocka_unit_test(test_batch_invariance),
         cmocka_unit_test(test_bias_and_add),
