@@ -63,14 +63,6 @@ QK_INLINE void direct_dense(const qk_matrix *w, qk_format format, int M, int64_t
     }
 }
 
-/* Inputs over which every row stays within one block: the largest power of two dividing k, at most a block.
- */
-static int64_t aligned_run(const qk_matrix *w)
-{
-    int64_t power = w->k & -w->k;
-    return power < w->block ? power : w->block;
-}
-
 #ifndef V16_HAS_PAIR
 QK_INLINE v16 lut4(const uint8_t *p, v16 lut, bool vbmi)
 {
@@ -86,7 +78,7 @@ QK_INLINE void direct_4bit(const qk_matrix *w, bool vbmi, bool finite, int M, in
                            const float *x, float *acc, int at)
 {
     const int DR = V16_DIRECT_ROWS;
-    const int64_t k = w->k, run = aligned_run(w);
+    const int64_t k = w->k, run = qk_aligned_run(w);
     const int shift = __builtin_ctz((unsigned)w->block);
     const v16 code = v16_load(w->code);
     int64_t first[MOST_ROWS]; /* flattened index of the row */
@@ -128,20 +120,7 @@ QK_INLINE void direct_4bit(const qk_matrix *w, bool vbmi, bool finite, int M, in
 QK_INLINE void direct_4bit(const qk_matrix *w, pair_room *room, int M, int64_t n, int64_t last,
                            const float *x, float *acc)
 {
-    const int64_t run = aligned_run(w);
-    const bool blocks = run == 64 && w->block == 64;
-    if (w->round_to == QK_F16)
-        direct_pair(w, QK_F16, PAIR_ROUNDED, false, false, run, M, n, last, x, room, acc);
-    else if (w->round_to == QK_F32 && blocks)
-        direct_pair(w, QK_F32, PAIR_SCALED, true, true, 64, M, n, last, x, room, acc);
-    else if (w->round_to == QK_F32)
-        direct_pair(w, QK_F32, PAIR_SCALED, true, false, run, M, n, last, x, room, acc);
-    else if (blocks && room->has_powers)
-        direct_pair(w, QK_BF16, PAIR_POWERS, true, true, 64, M, n, last, x, room, acc);
-    else if (blocks && room->finite)
-        direct_pair(w, QK_BF16, PAIR_ROUNDED, true, true, 64, M, n, last, x, room, acc);
-    else
-        direct_pair(w, QK_BF16, PAIR_ROUNDED, false, false, run, M, n, last, x, room, acc);
+    pair_pass_any(w, w->block, M, n, last, 0, w->k, x, prefetch_start(w, n, 2, w->k / 2), room, acc);
 }
 #endif
 
@@ -152,7 +131,12 @@ QK_INLINE void direct_rows(const qk_matrix *w, qk_format format, bool vbmi, int 
 #ifdef V16_HAS_PAIR
     pair_room *room = scratch;
     (void)vbmi;
-    if (format == QK_4BIT) x = pair_prepare(w, n0, n1, x, M, room);
+    if (format == QK_4BIT) {
+        float *ordered = (float *)(room + 1);
+        pair_prepare(w, n0, n1, room);
+        pair_order(w->round_to, x, M * w->k, ordered);
+        x = ordered;
+    }
 #else
     const bool finite = format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
     (void)scratch;

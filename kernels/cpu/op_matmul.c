@@ -16,7 +16,6 @@ enum {
     STRIP = 48,                   /* most weight rows taken together: a multiple of 16 and of R */
     STRIP_BYTES = 256 * 1024,     /* of weights in a strip of few activation rows: the next one is fetched */
     PIECE = V16_TILE_PIECE,       /* inputs a piece: of R + C rows they fit the first-level cache */
-    FEW = 32,                     /* activation rows worth no panel */
     BATCH = 256,                  /* most activation rows that share a decoded strip: their sums stay near */
     ACC_STRIDE = STRIP * 16 + 16, /* floats from one activation row's accumulators to the next's */
 };
@@ -188,8 +187,16 @@ static int64_t part_start(int64_t m, int64_t part)
 }
 
 /* Piece after piece of k, in each of them tile after tile. */
-void QK_NAME(matmul_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1, float *packed)
+void QK_NAME(matmul_pack)(const qk_matrix *w, const float *x, int64_t m, int64_t t0, int64_t t1,
+                          float *packed)
 {
+    const int64_t k = w->k;
+#ifdef V16_HAS_PAIR
+    if (QK_NAME(few4_takes)(w, m)) {
+        QK_NAME(few4_pack)(w, x, m, t0, t1, packed);
+        return;
+    }
+#endif
     for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
         const int64_t inputs = least(k - k0, PIECE);
         for (int64_t t = t0; t < t1; t++) {
@@ -261,7 +268,7 @@ typedef struct {
 
 static room rooms(int64_t m)
 {
-    return (room){(size_t)(m * ACC_STRIDE), (size_t)((m <= FEW ? R : STRIP + 1) * PIECE)};
+    return (room){(size_t)(m * ACC_STRIDE), (size_t)((m <= QK_FEW ? R : STRIP + 1) * PIECE)};
 }
 
 static void matmul_few(const qk_matrix *w, const float *bias, const float *packed, int64_t m, bool add,
@@ -373,6 +380,9 @@ size_t QK_NAME(matmul_packed)(const qk_matrix *w, int64_t m)
 size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m)
 {
     if (is_direct(w, m)) return QK_NAME(direct_scratch)(w, m);
+#ifdef V16_HAS_PAIR
+    if (QK_NAME(few4_takes)(w, m)) return QK_NAME(few4_scratch)(m);
+#endif
     room at = rooms(least(m, BATCH));
     return (at.acc + at.panel) * sizeof(float);
 }
@@ -385,5 +395,11 @@ void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int6
         QK_NAME(direct)(w, bias, x, m, add, y, n0, n1, scratch);
         return;
     }
-    (m <= FEW ? matmul_few : matmul_many)(w, bias, x, m, add, y, n0, n1, scratch);
+#ifdef V16_HAS_PAIR
+    if (QK_NAME(few4_takes)(w, m)) {
+        QK_NAME(few4)(w, bias, x, m, add, y, n0, n1, scratch);
+        return;
+    }
+#endif
+    (m <= QK_FEW ? matmul_few : matmul_many)(w, bias, x, m, add, y, n0, n1, scratch);
 }

@@ -1,10 +1,14 @@
 /* Two 4-bit rows side by side on AVX2, one in each 128-bit half: nothing crosses halves, which takes two
- * operations and more on Zen, and a look-up serves both. Included by op_direct.c only.
+ * operations and more on Zen, and a look-up serves both. For op_direct.c and op_few4.c.
  *
  * vpshufb looks 32 codes up at once, a byte of the value each, and unpacking brings the bytes together. That
  * leaves 16 weights out of order: activations are put in the same order once, sums back at the end. Shuffles
  * and shifts have two of Zen's four pipes and share one of them with multiply-adds: they are what to save.
  */
+#ifndef QK_PAIR_AVX2_H
+#define QK_PAIR_AVX2_H
+
+#include "ops.h"
 
 /* Where the table of a run of weights with one scale comes from. */
 typedef enum {
@@ -30,9 +34,10 @@ typedef struct {
 } pair_powers;
 
 enum {
-    PAIR_RUNS = 32,          /* whose PAIR_ROUNDED tables are made at a time */
-    POWERS_PAY = 4096,       /* runs from which on making PAIR_POWERS tables pays */
-    HALF_UPPER = 0x3f,       /* fourth byte of 0.5 to 2 */
+    PAIR_STEP = 24,    /* floats from one vector of a panel to the next of its row: three pairs share it */
+    PAIR_RUNS = 32,    /* whose PAIR_ROUNDED tables are made at a time */
+    POWERS_PAY = 4096, /* runs from which on making PAIR_POWERS tables pays */
+    HALF_UPPER = 0x3f, /* fourth byte of 0.5 to 2 */
     POWERS_LEAST = 67 << 23, /* 2^-60, and 2^60: within them no value of a table leaves the normal numbers */
     POWERS_MOST = 187 << 23,
 };
@@ -166,10 +171,12 @@ QK_INLINE void pair_store(qk_format round_to, float *y, const __m256 *sum)
     }
 }
 
-/* 32 weights of two rows against M activation rows `stride` apart: sum[m][q]. Each look-up gives the 16 even
- * or odd weights, unpacking those of the first 16 and of the second. */
+/* 32 weights of two rows, as eight vectors: of the first 16 and of the second the four of pair_order. They
+ * meet M activation rows `stride` apart, sum[m][q]; or, when M is 0, are left at panel[q * stride] and
+ * PAIR_STEP behind it. Each look-up gives the 16 even or odd weights, unpacking those of the first 16 and of
+ * the second. */
 QK_INLINE void pair_step(qk_format round_to, const uint8_t *p0, const uint8_t *p1, const pair_table *t,
-                         __m256 scale, const float *x, int64_t stride, int M, __m256 (*sum)[4])
+                         __m256 scale, const float *x, int64_t stride, int M, __m256 (*sum)[4], float *panel)
 {
     const __m256i nibble = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(-0x10000);
     const __m256i z = pair_halves(p0, p1);
@@ -197,6 +204,7 @@ QK_INLINE void pair_step(qk_format round_to, const uint8_t *p0, const uint8_t *p
                 const int q = 2 * odd + h;
                 __m256 f = _mm256_castsi256_ps(v[h]);
                 if (round_to == QK_F32) f = _mm256_mul_ps(f, scale);
+                if (M == 0) _mm256_storeu_ps(panel + q * stride + s * PAIR_STEP, f);
                 QK_UNROLL for (int m = 0; m < M; m++)
                 {
                     const float *at = x + m * stride + 16 * s + 4 * q;
@@ -208,12 +216,20 @@ QK_INLINE void pair_step(qk_format round_to, const uint8_t *p0, const uint8_t *p
     }
 }
 
-/* What a thread keeps for its rows, at the start of its scratch; x in pair_order follows. */
+/* What a thread knows of its rows and keeps for them. */
 typedef struct {
     pair_powers powers;
     pair_table made[PAIR_RUNS] __attribute__((aligned(64)));
     bool finite, has_powers;
 } pair_room;
+
+/* Readies `room` for rows [n0, n1). */
+static void pair_prepare(const qk_matrix *w, int64_t n0, int64_t n1, pair_room *room /* [OUT] */)
+{
+    room->has_powers = pair_has_powers(w, n0, n1);
+    room->finite = room->has_powers || QK_NAME(is_finite)(w, n0, n1);
+    if (room->has_powers) pair_make_powers(w->code, &room->powers);
+}
 
 /* Two rows of 4-bit weights in runs of one scale. */
 typedef struct {
@@ -243,19 +259,19 @@ QK_INLINE void pair_make(const pair_rows *p, qk_format round_to, bool finite, bo
     }
 }
 
-/* Rows n and n + 1 in runs of `run` >= 32 against M rows of x, which is in pair_order. acc [M][16][16],
- * written at the first two rows. */
-QK_INLINE void direct_pair(const qk_matrix *w, qk_format round_to, pair_kind kind, bool finite, bool blocks,
-                           int64_t run, int M, int64_t n, int64_t last, const float *x, pair_room *room,
-                           float *acc)
+/* Inputs [i0, i1) of rows n and n + 1 (past the last one, that one again), in runs of `run` of one
+ * scale. M > 0: against M rows of x, which is in pair_order; acc [M][16][16] is written at its first two
+ * rows. M = 0: decoded to acc, [4][(i1 - i0) / 16] of PAIR_STEP floats, the first eight of each. */
+QK_INLINE void pair_pass(const qk_matrix *w, qk_format round_to, pair_kind kind, bool finite, bool blocks,
+                         int64_t run, int M, int64_t n, int64_t last, int64_t i0, int64_t i1, const float *x,
+                         const char *next, pair_room *room, float *acc)
 {
-    const int64_t k = w->k, step = kind == PAIR_ROUNDED ? PAIR_RUNS * run : k;
     const __m256i upper = _mm256_loadu_si256((const __m256i *)(const void *)room->powers.upper);
-    const char *next = prefetch_start(w, n, 2, k / 2);
+    const int64_t stride = M ? w->k : (i1 - i0) / 16 * PAIR_STEP;
     pair_rows p = {.absmax = w->absmax, .shift = __builtin_ctz((unsigned)w->block)};
     QK_UNROLL for (int r = 0; r < 2; r++)
     {
-        p.first[r] = (n + r < last ? n + r : last) * k;
+        p.first[r] = (n + r < last ? n + r : last) * w->k;
         p.row[r] = (const uint8_t *)w->data + p.first[r] / 2;
     }
     pair_table t;
@@ -265,11 +281,11 @@ QK_INLINE void direct_pair(const qk_matrix *w, qk_format round_to, pair_kind kin
     {
         QK_UNROLL for (int q = 0; q < 4; q++) sum[m][q] = _mm256_setzero_ps();
     }
-    for (int64_t i0 = 0; i0 < k; i0 += step) {
-        const int64_t i1 = i0 + step < k ? i0 + step : k;
+    for (int64_t j0 = i0, j1; j0 < i1; j0 = j1) {
         const pair_table *made = room->made;
-        if (kind == PAIR_ROUNDED) pair_make(&p, round_to, finite, blocks, run, w->code, i0, i1, room->made);
-        for (int64_t i = i0; i < i1; i += run, made++) {
+        j1 = kind == PAIR_ROUNDED && j0 + PAIR_RUNS * run < i1 ? j0 + PAIR_RUNS * run : i1;
+        if (kind == PAIR_ROUNDED) pair_make(&p, round_to, finite, blocks, run, w->code, j0, j1, room->made);
+        for (int64_t i = j0; i < j1; i += run, made++) {
             const float *scale0 = pair_scale_at(&p, blocks, 0, i), *scale1 = pair_scale_at(&p, blocks, 1, i);
             __m256 scale = _mm256_setzero_ps();
             if (kind == PAIR_SCALED) scale = pair_scale(scale0, scale1);
@@ -277,22 +293,33 @@ QK_INLINE void direct_pair(const qk_matrix *w, qk_format round_to, pair_kind kin
             if (kind == PAIR_ROUNDED) t = *made;
             QK_UNROLL for (int64_t j = i; j < i + run; j += 32, next += 32)
             {
-                __builtin_prefetch(next, 0, 2);
-                pair_step(round_to, p.row[0] + j / 2, p.row[1] + j / 2, &t, scale, x + j, k, M, sum);
+                if (M) __builtin_prefetch(next, 0, 2);
+                pair_step(round_to, p.row[0] + j / 2, p.row[1] + j / 2, &t, scale, x + j, stride, M, sum,
+                          acc + (j - i0) / 16 * PAIR_STEP);
             }
         }
     }
     QK_UNROLL for (int m = 0; m < M; m++) pair_store(round_to, acc + m * 256, sum[m]);
 }
 
-/* Readies `room` for rows [n0, n1) and M rows of x [M, k]; returns x in order. */
-static const float *pair_prepare(const qk_matrix *w, int64_t n0, int64_t n1, const float *x, int64_t M,
-                                 pair_room *room)
+/* pair_pass by the matrix's rounding and blocks; a run starts at i0 and has at most `most_run` inputs. */
+QK_INLINE void pair_pass_any(const qk_matrix *w, int64_t most_run, int M, int64_t n, int64_t last, int64_t i0,
+                             int64_t i1, const float *x, const char *next, pair_room *room, float *acc)
 {
-    float *ordered = (float *)(room + 1);
-    pair_order(w->round_to, x, M * w->k, ordered);
-    room->has_powers = pair_has_powers(w, n0, n1);
-    room->finite = room->has_powers || QK_NAME(is_finite)(w, n0, n1);
-    if (room->has_powers) pair_make_powers(w->code, &room->powers);
-    return ordered;
+    const int64_t aligned = qk_aligned_run(w), run = aligned < most_run ? aligned : most_run;
+    const bool blocks = run == 64 && w->block == 64;
+    if (w->round_to == QK_F16)
+        pair_pass(w, QK_F16, PAIR_ROUNDED, false, false, run, M, n, last, i0, i1, x, next, room, acc);
+    else if (w->round_to == QK_F32 && blocks)
+        pair_pass(w, QK_F32, PAIR_SCALED, true, true, 64, M, n, last, i0, i1, x, next, room, acc);
+    else if (w->round_to == QK_F32)
+        pair_pass(w, QK_F32, PAIR_SCALED, true, false, run, M, n, last, i0, i1, x, next, room, acc);
+    else if (blocks && room->has_powers)
+        pair_pass(w, QK_BF16, PAIR_POWERS, true, true, 64, M, n, last, i0, i1, x, next, room, acc);
+    else if (blocks && room->finite)
+        pair_pass(w, QK_BF16, PAIR_ROUNDED, true, true, 64, M, n, last, i0, i1, x, next, room, acc);
+    else
+        pair_pass(w, QK_BF16, PAIR_ROUNDED, false, false, run, M, n, last, i0, i1, x, next, room, acc);
 }
+
+#endif
