@@ -299,7 +299,7 @@ static void pack_range(const void *args, int64_t t0, int64_t t1, void *scratch)
 {
     (void)scratch;
     const matmul_args *a = args;
-    a->qk->matmul_pack(a->x, a->w.k, a->m, t0, t1, a->packed);
+    a->qk->matmul_pack(&a->w, a->x, a->m, t0, t1, a->packed);
 }
 
 static void matmul_range(const void *args, int64_t i0, int64_t i1, void *scratch)

@@ -144,14 +144,15 @@ void ql_quant_dynamic_map(float map[256])
     qsort(map, 256, sizeof *map, by_size);
 }
 
-/* Index of the entry nearest to y; half-way goes to the even index. */
+/* Index of the entry nearest to y; half-way goes to the even index. Without branches: none of them could be
+ * guessed. */
 static uint8_t nearest(const float map[256], float y)
 {
     int lo = 0;
-    for (int step = 128; step > 0; step /= 2) lo += map[lo + step] <= y ? step : 0;
+    for (int step = 128; step > 0; step /= 2) lo += step & -(map[lo + step] <= y);
     if (lo == 255) return 255;
     double left = (double)y - map[lo], right = (double)map[lo + 1] - y;
-    return (uint8_t)(lo + (right < left || (right == left && lo % 2)));
+    return (uint8_t)(lo + ((right < left) | ((right == left) & lo % 2)));
 }
 
 /* absmax [q->blocks] as kernels multiply by it: two roundings, no fused multiply-add. */

@@ -67,9 +67,9 @@ typedef struct {
 
     /* Bytes of x in the order in which matmul reads it, 64-byte aligned; 0: it reads x as it is. */
     size_t (*matmul_packed)(const qk_matrix *w, int64_t m);
-    /* Rows [t0, t1) of x [m, k] to `packed`, which all outputs share, and all products of this m and k; some
-     * go with the range of a neighbour. */
-    void (*matmul_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1,
+    /* Rows [t0, t1) of x [m, k] to `packed`, which all outputs share; some go with the range of a neighbour.
+     */
+    void (*matmul_pack)(const qk_matrix *w, const float *x, int64_t m, int64_t t0, int64_t t1,
                         float *packed /* [OUT] */);
     /* Bytes of scratch that one thread's matmul needs for rows of k inputs and m activation rows. */
     size_t (*matmul_scratch)(const qk_matrix *w, int64_t m);

@@ -4,11 +4,11 @@
 Every model has random weights of one shape, made here. What is not installed is said and left out.
 
 On the CPU (bench_peers_cpu.py) each model is a process of its own that loads once and takes turns with the
-others, all with the same number of threads: qlua in f32, bf16, NF4 with bf16 head, and NF4 with NF4 head decoded
-to float32; llama.cpp in BF16, IQ4_NL with IQ4_NL or bf16 head and Q4_0, quantized by itself; transformers in
-float32 and bf16; bitsandbytes NF4 with double quantization, computing in bf16 and in float32. Prints tokens per
-second, then the ratios that qlua's CPU kernels are judged by, each with its gate and goal, and the shares of what
-memory and arithmetic allow.
+others, all with the same number of threads: qlua in f32, bf16, NF4 with bf16 head, the same without double
+quantization ("single") and there with NF4 head too, and NF4 with NF4 head decoded to float32; llama.cpp in BF16,
+IQ4_NL with IQ4_NL or bf16 head and Q4_0, quantized by itself; transformers in float32 and bf16; bitsandbytes NF4
+with double quantization, computing in bf16 and in float32. Prints tokens per second, then the ratios that qlua's
+CPU kernels are judged by, each with its gate and goal, and the shares of what memory and arithmetic allow.
 
 On CUDA transformers (bf16), bitsandbytes NF4 and llama.cpp BF16 are models in this process, and qlua runs as
 a program of its own (scripts/bench.lua): in every round each takes its turn. The device is waited for before

@@ -29,6 +29,8 @@ LIMIT_SECONDS = 600  # for one answer
 OURS = {
     "qlua bf16": ("bf16", 2, 2),
     "qlua nf4": ("nf4", NF4_BYTES, 2),
+    "qlua nf4 single": ("nf4-single", NF4_BYTES, 2),
+    "qlua nf4 single, nf4 head": ("nf4-single-head", NF4_BYTES, 2 + NF4_BYTES),
     "qlua nf4 exact, nf4 head": ("nf4-exact-head", NF4_BYTES, 2 + NF4_BYTES),
     "qlua f32": ("f32", 4, 4),
 }
@@ -45,8 +47,8 @@ PEERS = {
 }
 # what is compared within: merged while they fit into the memory together
 FAMILIES = [
-    ["qlua bf16", "qlua nf4", "llama.cpp bf16", "transformers bf16"],
-    ["qlua nf4", "qlua nf4 exact, nf4 head", "llama.cpp iq4_nl", "llama.cpp iq4_nl, bf16 head",
+    ["qlua bf16", "qlua nf4", "qlua nf4 single", "llama.cpp bf16", "transformers bf16"],
+    ["qlua nf4", "qlua nf4 single", "qlua nf4 single, nf4 head", "qlua nf4 exact, nf4 head", "llama.cpp iq4_nl", "llama.cpp iq4_nl, bf16 head",
      "llama.cpp q4_0", "bitsandbytes nf4", "bitsandbytes nf4, f32"],
     ["qlua f32", "llama.cpp f32", "transformers f32"],
 ]
@@ -315,14 +317,18 @@ def gates_of(args):
     """(what, case of ours, case of the other, gate, goal): the table that the CPU kernels are judged by."""
     short, long = min(args.prefill), max(args.prefill)
     exact, nf4, bf16 = "qlua nf4 exact, nf4 head", "qlua nf4", "qlua bf16"
+    single, single_head = "qlua nf4 single", "qlua nf4 single, nf4 head"
     iq4, iq4_head = "llama.cpp iq4_nl", "llama.cpp iq4_nl, bf16 head"
     decode, prefill_short, prefill_long = ("decode", 1), ("prefill", short), ("prefill", long)
     rows = [
         ((exact, *decode), (iq4, *decode), 1.4, 1.6),
+        ((single_head, *decode), (iq4, *decode), 1.4, 1.6),
         ((exact, *decode), ("ik_llama.cpp q4_0 repacked", *decode), 1.25, 1.5),
         ((nf4, *decode), (iq4_head, *decode), 1.3, 1.5),
+        ((single, *decode), (iq4_head, *decode), 1.3, 1.5),
         ((bf16, *decode), ("llama.cpp bf16", *decode), 1.3, 1.5),
         ((nf4, *decode), (bf16, *decode), 1.75, 2.0),
+        ((single, *decode), (bf16, *decode), 1.75, 2.0),
         ((exact, *prefill_long), (iq4, *prefill_long), 1.1, 1.4),
         ((nf4, *prefill_long), (iq4_head, *prefill_long), 1.1, 1.4),
         ((exact, *prefill_short), (iq4, *prefill_short), 1.0, 1.2),

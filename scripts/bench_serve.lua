@@ -18,11 +18,14 @@ local sys = require "qlua.sys"
 
 local WARM_STEPS <const> = 2
 
---- head: "bf16" is bitsandbytes' habit; "nf4" quantizes lm_head too. Exact: decoded to float32, not rounded.
+--- A bf16 head is bitsandbytes' habit; "head" quantizes lm_head too. Single: no double quantization, so that
+--- scales are bfloat16 as the weights were. Exact: decoded to float32, not rounded to bfloat16.
 local FORMATS <const> = {
   f32 = { dtype = "float32" },
   bf16 = { dtype = "bfloat16" },
   nf4 = { dtype = "bfloat16", quant = { scheme = "nf4", double = true } },
+  ["nf4-single"] = { dtype = "bfloat16", quant = { scheme = "nf4" } },
+  ["nf4-single-head"] = { dtype = "bfloat16", quant = { scheme = "nf4", skip = {} } },
   ["nf4-exact-head"] = { dtype = "bfloat16",
     quant = { scheme = "nf4", double = true, skip = {}, dtype = "float32" } },
 }

@@ -63,14 +63,6 @@ QK_INLINE void direct_dense(const qk_matrix *w, qk_format format, int M, int64_t
     }
 }
 
-/* Inputs over which every row stays within one block: the largest power of two dividing k, at most a block.
- */
-static int64_t aligned_run(const qk_matrix *w)
-{
-    int64_t power = w->k & -w->k;
-    return power < w->block ? power : w->block;
-}
-
 #ifndef V16_HAS_PAIR
 QK_INLINE v16 lut4(const uint8_t *p, v16 lut, bool vbmi)
 {
@@ -86,7 +78,7 @@ QK_INLINE void direct_4bit(const qk_matrix *w, bool vbmi, bool finite, int M, in
                            const float *x, float *acc, int at)
 {
     const int DR = V16_DIRECT_ROWS;
-    const int64_t k = w->k, run = aligned_run(w);
+    const int64_t k = w->k, run = qk_aligned_run(w);
     const int shift = __builtin_ctz((unsigned)w->block);
     const v16 code = v16_load(w->code);
     int64_t first[MOST_ROWS]; /* flattened index of the row */
@@ -123,83 +115,43 @@ QK_INLINE void direct_4bit(const qk_matrix *w, bool vbmi, bool finite, int M, in
 }
 
 #else
-/* The same for rows n and n + 1 of 4-bit weights in runs of `run` >= 32; x as v16_pair_order leaves it. Codes
- * of float32 weights are looked up and then scaled: with blocks of 64 that is 8 operations for 64 weights,
- * and making a table of scaled ones 8.5. Else a block's table is made while the one before is in use. */
-QK_INLINE void direct_pair(const qk_matrix *w, qk_format round_to, bool finite, int64_t run, int M, int64_t n,
-                           int64_t last, const float *x, float *acc)
-{
-    const int64_t k = w->k, first0 = n * k, first1 = (n + 1 < last ? n + 1 : last) * k;
-    const int shift = __builtin_ctz((unsigned)w->block);
-    const uint8_t *row0 = (const uint8_t *)w->data + first0 / 2,
-                  *row1 = (const uint8_t *)w->data + first1 / 2;
-    const char *next = prefetch_start(w, n, 2, k / 2);
-    const bool table_of_codes = round_to == QK_F32;
-    __m256 code[4], sum[V16_DIRECT_COLS][4];
-    QK_UNROLL for (int q = 0; q < 4; q++)
-    {
-        code[q] = _mm256_broadcast_ps((const __m128 *)(const void *)(w->code + 4 * q));
-        QK_UNROLL for (int m = 0; m < M; m++) sum[m][q] = _mm256_setzero_ps();
-    }
-    __m256 scale = v16_pair_scale(w->absmax + (first0 >> shift), w->absmax + (first1 >> shift));
-    v16_pair_table table =
-        v16_pair_values(round_to, finite, code, table_of_codes ? _mm256_set1_ps(1) : scale);
-    for (int64_t i = 0; i < k; i += run) {
-        const __m256 s = scale;
-        const v16_pair_table t = table;
-        const int64_t after = i + run < k ? i + run : i;
-        scale =
-            v16_pair_scale(w->absmax + ((first0 + after) >> shift), w->absmax + ((first1 + after) >> shift));
-        if (!table_of_codes) table = v16_pair_values(round_to, finite, code, scale);
-        QK_UNROLL for (int64_t j = i; j < i + run; j += 32, next += 32)
-        {
-            __builtin_prefetch(next, 0, 2);
-            v16_pair_step(round_to, row0 + j / 2, row1 + j / 2, &t, s, x + j, k, M, sum);
-        }
-    }
-    QK_UNROLL for (int m = 0; m < M; m++) v16_pair_store(acc + m * 256, sum[m]);
-}
+#include "pair_avx2.h"
 
-QK_INLINE void direct_4bit(const qk_matrix *w, bool vbmi, bool finite, int M, int64_t n, int64_t last,
-                           const float *x, float *acc, int at)
+QK_INLINE void direct_4bit(const qk_matrix *w, pair_room *room, int M, int64_t n, int64_t last,
+                           const float *x, float *acc)
 {
-    const int64_t run = aligned_run(w);
-    acc += at * 16;
-    (void)vbmi;
-    if (w->round_to == QK_F16)
-        direct_pair(w, QK_F16, finite, run, M, n, last, x, acc);
-    else if (w->round_to == QK_F32 && run == 64)
-        direct_pair(w, QK_F32, finite, 64, M, n, last, x, acc);
-    else if (w->round_to == QK_F32)
-        direct_pair(w, QK_F32, finite, run, M, n, last, x, acc);
-    else if (!finite)
-        direct_pair(w, QK_BF16, false, run, M, n, last, x, acc);
-    else if (run == 64)
-        direct_pair(w, QK_BF16, true, 64, M, n, last, x, acc);
-    else
-        direct_pair(w, QK_BF16, true, run, M, n, last, x, acc);
+    pair_pass_any(w, w->block, M, n, last, 0, w->k, x, prefetch_start(w, n, 2, w->k / 2), room, acc);
 }
 #endif
 
 QK_INLINE void direct_rows(const qk_matrix *w, qk_format format, bool vbmi, int M, const float *bias,
-                           const float *x, bool add, float *y, int64_t n0, int64_t n1, float *scratch)
+                           const float *x, bool add, float *y, int64_t n0, int64_t n1, void *scratch)
 {
     float acc[V16_DIRECT_COLS * 256] __attribute__((aligned(64)));
-    const bool finite = format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
 #ifdef V16_HAS_PAIR
+    pair_room *room = scratch;
+    (void)vbmi;
     if (format == QK_4BIT) {
-        for (int64_t i = 0; i < M * w->k; i += 16) v16_pair_order(x + i, scratch + i);
-        x = scratch;
+        float *ordered = (float *)(room + 1);
+        pair_prepare(w, n0, n1, room);
+        pair_order(w->round_to, x, M * w->k, ordered);
+        x = ordered;
     }
-#endif
+#else
+    const bool finite = format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
     (void)scratch;
+#endif
     for (int64_t n = n0; n < n1; n += 16) {
         int rows = n1 - n < 16 ? (int)(n1 - n) : 16;
         for (int at = 0; at < rows; at += V16_DIRECT_ROWS) {
-            if (format == QK_4BIT)
-                direct_4bit(w, vbmi, finite, M, n + at, n1 - 1, x, acc, at);
-            else
+            if (format != QK_4BIT)
                 direct_dense(w, format, M, n + at, n1 - 1, x, acc, at);
+            else
+#ifdef V16_HAS_PAIR
+                direct_4bit(w, room, M, n + at, n1 - 1, x, acc + at * 16);
+#else
+                direct_4bit(w, vbmi, finite, M, n + at, n1 - 1, x, acc, at);
+#endif
         }
         for (int m = 0; m < M; m++) {
             qk_finish(acc + m * 256, bias ? bias + n : NULL, add, y + m * w->n + n, rows);
@@ -208,12 +160,12 @@ QK_INLINE void direct_rows(const qk_matrix *w, qk_format format, bool vbmi, int 
 }
 
 typedef void direct_fn(const qk_matrix *w, const float *bias, const float *x, bool add, float *y, int64_t n0,
-                       int64_t n1, float *scratch);
+                       int64_t n1, void *scratch);
 
 #define DIRECT(name, format, vbmi, M)                                                                        \
-    static __attribute__((noinline)) void name##_##M(const qk_matrix *w, const float *bias, const float *x,  \
-                                                     bool add, float *y, int64_t n0, int64_t n1,             \
-                                                     float *scratch)                                         \
+    static                                                                                                   \
+        __attribute__((noinline)) void name##_##M(const qk_matrix *w, const float *bias, const float *x,     \
+                                                  bool add, float *y, int64_t n0, int64_t n1, void *scratch) \
     {                                                                                                        \
         direct_rows(w, format, vbmi, M, bias, x, add, y, n0, n1, scratch);                                   \
     }
@@ -261,7 +213,7 @@ static direct_fn *direct_kernel(qk_format format, int64_t m)
 size_t QK_NAME(direct_scratch)(const qk_matrix *w, int64_t m)
 {
 #ifdef V16_HAS_PAIR
-    if (w->format == QK_4BIT) return (size_t)(m * w->k) * sizeof(float);
+    if (w->format == QK_4BIT) return sizeof(pair_room) + (size_t)(m * w->k) * sizeof(float);
 #endif
     (void)w, (void)m;
     return 0;

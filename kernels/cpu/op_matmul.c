@@ -1,6 +1,6 @@
 /* y = x W^T: one chain of 16-lane fused multiply-adds per output, in order of k, whatever the batch.
  *
- * One or two activation rows (up to four of 4-bit weights with AVX-512): op_direct.c. More than FEW:
+ * One or two activation rows (up to four of 4-bit weights with AVX-512): op_direct.c. More than QK_FEW:
  * op_prefill.c. Between them, k is cut in pieces, and a register tile of R weight rows x C activation rows
  * passes over a piece, some of the 16 lanes at a time where vectors are shorter. Activations are packed
  * beforehand, once for all outputs, in the order in which the tile reads them; between pieces the
@@ -15,7 +15,6 @@ enum {
     STRIP = 48,                   /* most weight rows taken together: a multiple of 16 and of R */
     STRIP_BYTES = 256 * 1024,     /* of weights in a strip: the next one is fetched */
     PIECE = V16_TILE_PIECE,       /* inputs a piece: of R + C rows they fit the first-level cache */
-    FEW = 40,                     /* activation rows worth no panel */
     ACC_STRIDE = STRIP * 16 + 16, /* floats from one activation row's accumulators to the next's */
 };
 
@@ -168,12 +167,20 @@ static int64_t part_start(int64_t m, int64_t part)
 }
 
 /* Piece after piece of k, in each of them tile after tile. */
-void QK_NAME(matmul_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1, float *packed)
+void QK_NAME(matmul_pack)(const qk_matrix *w, const float *x, int64_t m, int64_t t0, int64_t t1,
+                          float *packed)
 {
-    if (m > FEW) {
+    const int64_t k = w->k;
+    if (m > QK_FEW) {
         QK_NAME(prefill_pack)(x, k, m, t0, t1, packed);
         return;
     }
+#ifdef V16_HAS_PAIR
+    if (QK_NAME(few4_takes)(w, m)) {
+        QK_NAME(few4_pack)(w, x, m, t0, t1, packed);
+        return;
+    }
+#endif
     for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
         const int64_t inputs = qk_least(k - k0, PIECE);
         for (int64_t t = t0; t < t1; t++) {
@@ -273,13 +280,17 @@ static bool is_direct(const qk_matrix *w, int64_t m)
 size_t QK_NAME(matmul_packed)(const qk_matrix *w, int64_t m)
 {
     if (is_direct(w, m)) return 0;
-    return m > FEW ? QK_NAME(prefill_packed)(w->k, m) : (size_t)(m * padded(w->k)) * sizeof(float);
+    return m > QK_FEW ? QK_NAME(prefill_packed)(w->k, m) : (size_t)(m * padded(w->k)) * sizeof(float);
 }
 
 size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m)
 {
     if (is_direct(w, m)) return QK_NAME(direct_scratch)(w, m);
-    return m > FEW ? QK_NAME(prefill_scratch)(w->k, m) : (size_t)(m * ACC_STRIDE + R * PIECE) * sizeof(float);
+    if (m > QK_FEW) return QK_NAME(prefill_scratch)(w->k, m);
+#ifdef V16_HAS_PAIR
+    if (QK_NAME(few4_takes)(w, m)) return QK_NAME(few4_scratch)(m);
+#endif
+    return (size_t)(m * ACC_STRIDE + R * PIECE) * sizeof(float);
 }
 
 void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
@@ -288,8 +299,12 @@ void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int6
     if (m <= 0 || n0 >= n1) return;
     if (is_direct(w, m))
         QK_NAME(direct)(w, bias, x, m, add, y, n0, n1, scratch);
-    else if (m > FEW)
+    else if (m > QK_FEW)
         QK_NAME(prefill)(w, bias, x, m, add, y, n0, n1, scratch);
+#ifdef V16_HAS_PAIR
+    else if (QK_NAME(few4_takes)(w, m))
+        QK_NAME(few4)(w, bias, x, m, add, y, n0, n1, scratch);
+#endif
     else
         matmul_few(w, bias, x, m, add, y, n0, n1, scratch);
 }

@@ -4,8 +4,12 @@
 
 #include "v16.h"
 
+/* Activation rows worth no decoded panel of a whole strip. */
+#define QK_FEW 40
+
 size_t QK_NAME(matmul_packed)(const qk_matrix *w, int64_t m);
-void QK_NAME(matmul_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1, float *packed);
+void QK_NAME(matmul_pack)(const qk_matrix *w, const float *x, int64_t m, int64_t t0, int64_t t1,
+                          float *packed);
 size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m);
 void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                      int64_t n0, int64_t n1, void *scratch);
@@ -23,6 +27,14 @@ void QK_NAME(prefill)(const qk_matrix *w, const float *bias, const float *packed
 /* Inputs [k0, k1) of one weight row as float32, with zeros up to whole vectors; `finite` as for qk_block_lut.
  */
 void QK_NAME(decode_row)(const qk_matrix *w, bool finite, int64_t n, int64_t k0, int64_t k1, float *dst);
+#ifdef V16_HAS_PAIR
+/* The same where few4_takes(w, m); x packed by few4_pack. */
+bool QK_NAME(few4_takes)(const qk_matrix *w, int64_t m);
+size_t QK_NAME(few4_scratch)(int64_t m);
+void QK_NAME(few4_pack)(const qk_matrix *w, const float *x, int64_t m, int64_t t0, int64_t t1, float *packed);
+void QK_NAME(few4)(const qk_matrix *w, const float *bias, const float *packed, int64_t m, bool add, float *y,
+                   int64_t n0, int64_t n1, void *scratch);
+#endif
 void QK_NAME(attention)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, void *scratch);
 void QK_NAME(attention_run)(const qk_attention *a, int64_t t0, int64_t t1, int kv_head, int64_t run,
                             void *scratch);
@@ -48,6 +60,14 @@ void QK_NAME(decode4)(const qk_matrix *w, bool finite, int64_t i0, int64_t i1, f
  * less.
  */
 bool QK_NAME(is_finite)(const qk_matrix *w, int64_t n0, int64_t n1);
+
+/* Inputs over which every row stays within one block: the largest power of two dividing k, at most a block.
+ */
+QK_INLINE int64_t qk_aligned_run(const qk_matrix *w)
+{
+    int64_t power = w->k & -w->k;
+    return power < w->block ? power : w->block;
+}
 
 /* The table's 16 values for a block, each as the decoded weight. `finite`: code and absmax are known to be
  * so, and the product is no NaN that the quick rounding would lose. */

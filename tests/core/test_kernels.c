@@ -12,7 +12,7 @@ static void run_matmul(const qk_cpu *cpu, const qk_matrix *w, const float *bias,
     void *scratch = new_bytes(bytes);
     float *packed = cpu->matmul_packed(w, m) ? new_bytes(cpu->matmul_packed(w, m)) : NULL;
     for (int64_t t = 0; packed && t < m; t += step) {
-        cpu->matmul_pack(x, w->k, m, t, t + step < m ? t + step : m, packed);
+        cpu->matmul_pack(w, x, m, t, t + step < m ? t + step : m, packed);
     }
     for (int64_t n = 0; n < w->n; n += step) {
         cpu->matmul(w, bias, packed ? packed : x, m, add, y, n, n + step < w->n ? n + step : w->n, scratch);
@@ -70,8 +70,9 @@ static void test_4bit_products(void **state)
 {
     (void)state;
     /* rows that begin in the middle of a block, of a byte, and of neither; the last block short */
-    const int64_t shapes[][2] = {{1, 1},    {3, 7},   {17, 33},  {50, 64},   {5, 15},  {9, 16},   {20, 48},
-                                 {33, 100}, {40, 96}, {64, 576}, {19, 1040}, {7, 513}, {130, 32}, {12, 160}};
+    const int64_t shapes[][2] = {{1, 1},     {3, 7},   {17, 33},  {50, 64},  {5, 15},
+                                 {9, 16},    {20, 48}, {33, 100}, {40, 96},  {64, 576},
+                                 {19, 1040}, {7, 513}, {130, 32}, {12, 160}, {57, 1056}};
     const int blocks[] = {32, 64, 128, 1024, 4096};
     for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++) {
         for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
@@ -207,6 +208,39 @@ static void test_nan_scale_is_not_lost(void **state)
             free_matrix(&w);
         }
     }
+}
+
+/* Scales that are bfloat16 have tables of their own where there are many: at the edges of their range, beyond
+ * it, and where a row's are something else. */
+static void test_bfloat16_scales(void **state)
+{
+    (void)state;
+    enum { N = 68, K = 4096 };
+    const float odd[] = {0,       0x1p-60f,  0x1.fep-61f, 0x1p60f,       0x1.02p60f,
+                         -0x1p3f, 0x1p-140f, 0x1p-126f,   0x1.01fffep0f, 0x1p100f};
+    const float codes[][2] = {{0, 1}, {-0.0f, 0.5f}, {0x1p-60f, 0x1p60f}, {0x1p-61f, 1}, {-1, 0x1.8p60f}};
+    qk_matrix w = new_matrix(QK_4BIT, N, K, 64, QK_BF16);
+    float *absmax = (float *)(uintptr_t)w.absmax;
+    /* the scales of a row near each other: every one tells in the sum */
+    for (int i = 0; i < N * K / 64; i++) {
+        int exponent = i / (K / 64) % 30 * 4 - 60 + (int)(random_u32() % 3);
+        absmax[i] = ldexpf(qk_round_bf16(1 + fabsf(absmax[i])), exponent);
+    }
+    for (size_t c = 0; c < sizeof codes / sizeof *codes; c++) {
+        w.code[3] = codes[c][0];
+        w.code[12] = codes[c][1];
+        for (int64_t m = 1; m <= 5; m++) check_product(&w, m);
+    }
+    memcpy(w.code, qk_nf4_code, sizeof w.code);
+    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
+        float *row = absmax + (int)(random_u32() % N) * (K / 64), before[K / 64];
+        memcpy(before, row, sizeof before);
+        for (int j = 0; j < K / 64; j++) row[j] = odd[i];
+        check_product(&w, 1);
+        check_product(&w, 3);
+        memcpy(row, before, sizeof before);
+    }
+    free_matrix(&w);
 }
 
 /* ---- attention ---- */
@@ -354,6 +388,7 @@ int main(void)
         cmocka_unit_test(test_bias_and_add),
         cmocka_unit_test(test_one_hot_reads_weights),
         cmocka_unit_test(test_nan_scale_is_not_lost),
+        cmocka_unit_test(test_bfloat16_scales),
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_attention_reads_its_own_slots),
     };

@@ -58,7 +58,7 @@ static float *numbers(uint64_t seed, int64_t n)
 static void run_matmul(const call *c)
 {
     const bool pack = c->qk->matmul_packed(&c->w, c->tokens) > 0;
-    if (pack) c->qk->matmul_pack(c->x, c->w.k, c->tokens, 0, c->tokens, c->order);
+    if (pack) c->qk->matmul_pack(&c->w, c->x, c->tokens, 0, c->tokens, c->order);
     c->qk->matmul(&c->w, NULL, pack ? c->order : c->x, c->tokens, false, c->y, 0, c->w.n, c->scratch);
 }
 
