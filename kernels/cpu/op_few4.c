@@ -30,19 +30,12 @@ size_t QK_NAME(few4_scratch)(int64_t m)
     return sizeof(room) + (size_t)(m * ACC_STRIDE) * sizeof(float);
 }
 
-/* m activation rows in tiles as even as can be: tile `part` starts at this row. */
-static int64_t part_start(int64_t m, int64_t part)
-{
-    return m * part / ((m + COLS - 1) / COLS);
-}
-
 /* Piece after piece of k, in each of them tile after tile: [4][steps][cols] of four inputs in pair_order. */
 void QK_NAME(few4_pack)(const qk_matrix *w, const float *x, int64_t m, int64_t t0, int64_t t1, float *packed)
 {
-    const int64_t parts = (m + COLS - 1) / COLS;
     for (int64_t t = t0; t < t1; t++) {
-        const int64_t part = ((t + 1) * parts - 1) / m, c0 = part_start(m, part);
-        const int64_t cols = part_start(m, part + 1) - c0;
+        const int64_t part = qk_tile_of(m, COLS, t), c0 = qk_tile_start(m, COLS, part);
+        const int64_t cols = qk_tile_start(m, COLS, part + 1) - c0;
         for (int64_t k0 = 0; k0 < w->k; k0 += PIECE) {
             const int64_t steps = (w->k - k0 < PIECE ? w->k - k0 : PIECE) / 16;
             float *to = packed + m * k0 + c0 * steps * 16 + (t - c0) * 4, four[16];
@@ -88,11 +81,11 @@ QK_INLINE void tile(const float *panel, const float *x, int64_t steps, int cols,
 static __attribute__((noinline)) void tiles(const float *panel, const float *x, int64_t steps, int64_t m,
                                             bool first, float *acc)
 {
-    const int64_t parts = (m + COLS - 1) / COLS;
+    const int64_t parts = qk_tiles(m, COLS);
     for (int64_t part = 0, c0 = 0, c1; part < parts; part++, c0 = c1) {
         const float *at = x + c0 * steps * 16;
         float *sums = acc + c0 * ACC_STRIDE;
-        c1 = part_start(m, part + 1);
+        c1 = qk_tile_start(m, COLS, part + 1);
         if (c1 - c0 == 4)
             tile(panel, at, steps, 4, first, sums);
         else if (c1 - c0 == 3)

@@ -1,11 +1,11 @@
 /* y = x W^T: one chain of 16-lane fused multiply-adds per output, in order of k, whatever the batch.
  *
  * One or two activation rows (up to four of 4-bit weights with AVX-512): op_direct.c. More than QK_FEW:
- * op_prefill.c. Between them, k is cut in pieces, and a register tile of R weight rows x C activation rows
- * passes over a piece, some of the 16 lanes at a time where vectors are shorter. Activations are packed
- * beforehand, once for all outputs, in the order in which the tile reads them; between pieces the
- * accumulators rest in memory, which leaves the chain as it was. It is one pass over the weights, dense ones
- * widened in registers, 4-bit ones decoded in the first-level cache.
+ * op_prefill.c. Between them, but for 4-bit weights on AVX2 (op_few4.c), k is cut in pieces, and a register
+ * tile of R weight rows x C activation rows passes over a piece, some of the 16 lanes at a time where vectors
+ * are shorter. Activations are packed beforehand, once for all outputs, in the order in which the tile reads
+ * them; between pieces the accumulators rest in memory, which leaves the chain as it was. It is one pass over
+ * the weights, dense ones widened in registers, 4-bit ones decoded in the first-level cache.
  */
 #include "ops.h"
 
@@ -154,18 +154,6 @@ static void spread_row(const float *row, int64_t inputs, int width, float *to)
     }
 }
 
-/* m activation rows in tiles as even as can be: narrow ones are slow. */
-static int64_t parts_of(int64_t m)
-{
-    return (m + C - 1) / C;
-}
-
-/* Tile `part` starts at this row. */
-static int64_t part_start(int64_t m, int64_t part)
-{
-    return m * part / parts_of(m);
-}
-
 /* Piece after piece of k, in each of them tile after tile. */
 void QK_NAME(matmul_pack)(const qk_matrix *w, const float *x, int64_t m, int64_t t0, int64_t t1,
                           float *packed)
@@ -184,8 +172,8 @@ void QK_NAME(matmul_pack)(const qk_matrix *w, const float *x, int64_t m, int64_t
     for (int64_t k0 = 0; k0 < k; k0 += PIECE) {
         const int64_t inputs = qk_least(k - k0, PIECE);
         for (int64_t t = t0; t < t1; t++) {
-            const int64_t part = ((t + 1) * parts_of(m) - 1) / m, c0 = part_start(m, part);
-            const int cols = (int)(part_start(m, part + 1) - c0);
+            const int64_t part = qk_tile_of(m, C, t), c0 = qk_tile_start(m, C, part);
+            const int cols = (int)(qk_tile_start(m, C, part + 1) - c0);
             float *to = packed + m * k0 + c0 * padded(inputs) + (t - c0) * VT_LANES;
             spread_row(x + t * k + k0, inputs, cols, to);
         }
@@ -220,12 +208,12 @@ static void find_rows(const qk_matrix *w, int64_t n, int rows, int64_t k0, int64
 static void run_tiles(const source *s, const float *block, int64_t m, bool first, float *acc,
                       const char *next, int64_t bytes)
 {
-    const int64_t parts = parts_of(m), each = bytes / parts;
+    const int64_t parts = qk_tiles(m, C), each = bytes / parts;
     work t = {.steps = s->steps, .first = first, .next = next};
     t.advance = each / (s->steps * (16 / VT_LANES));
     QK_UNROLL for (int i = 0; i < R; i++) t.row[i] = s->row[i];
     for (int64_t p = 0, c0 = 0; p < parts; p++, t.next += each) {
-        int64_t c1 = part_start(m, p + 1);
+        int64_t c1 = qk_tile_start(m, C, p + 1);
         t.x = block + c0 * s->steps * 16;
         t.acc = acc + c0 * ACC_STRIDE;
         s->tiles[c1 - c0 - 1](&t);

@@ -47,18 +47,6 @@ static int64_t level_size(int64_t m)
     return qk_least(m, BATCH) * GROUP + PAD;
 }
 
-/* m activation rows in tiles as even as can be: of C, C - 1 or C - 2 where m > 24 and C <= 8. */
-static int64_t parts_of(int64_t m)
-{
-    return (m + C - 1) / C;
-}
-
-/* Tile `part` starts at this row. */
-static int64_t part_start(int64_t m, int64_t part)
-{
-    return m * part / parts_of(m);
-}
-
 /* The lane that comes at `turn`: its bits reversed. */
 static int lane_at(int turn)
 {
@@ -91,10 +79,11 @@ size_t QK_NAME(prefill_packed)(int64_t k, int64_t m)
 /* Whole tiles: those that start in [t0, t1). */
 void QK_NAME(prefill_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1, float *packed)
 {
-    for (int64_t part = t0 * parts_of(m) / m; part < parts_of(m) && part_start(m, part) < t1; part++) {
-        const int64_t c0 = part_start(m, part);
+    for (int64_t part = t0 * qk_tiles(m, C) / m; part < qk_tiles(m, C) && qk_tile_start(m, C, part) < t1;
+         part++) {
+        const int64_t c0 = qk_tile_start(m, C, part);
         if (c0 < t0) continue;
-        switch (C - (part_start(m, part + 1) - c0)) {
+        switch (C - (qk_tile_start(m, C, part + 1) - c0)) {
         case 0:
             pack_tile(x + c0 * k, k, m, c0, C, packed);
             break;
@@ -248,9 +237,9 @@ static void run_piece(group *g, int turn, int64_t s0, int64_t s1, int64_t part0,
               .merges = __builtin_ctz(~(unsigned)turn),
               .level = level_size(g->m),
               .advance = g->advance};
-    const int64_t start = part_start(g->m, part0);
+    const int64_t start = qk_tile_start(g->m, C, part0);
     for (int64_t part = part0, c0 = start, c1; part < part1; part++, c0 = c1) {
-        c1 = part_start(g->m, part + 1);
+        c1 = qk_tile_start(g->m, C, part + 1);
         t.x = x + c0 * steps;
         t.sums = g->sums + (c0 - start) * GROUP;
         t.weights = g->next;
@@ -276,7 +265,7 @@ void QK_NAME(prefill)(const qk_matrix *w, const float *bias, const float *packed
                       float *y, int64_t n0, int64_t n1, float *scratch)
 {
     const bool finite = w->format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
-    const int64_t steps = steps_of(w->k), parts = parts_of(m);
+    const int64_t steps = steps_of(w->k), parts = qk_tiles(m, C);
     const int64_t most = BATCH / C, batches = (parts + most - 1) / most;
     float *sums = scratch + (LEVELS - 1) * level_size(m), *panel = sums + level_size(m);
     group g = {.packed = packed, .m = m, .steps = steps, .panel = panel, .sums = scratch, .stride = w->n};
@@ -294,7 +283,7 @@ void QK_NAME(prefill)(const qk_matrix *w, const float *bias, const float *packed
                     run_piece(&g, turn, s0, qk_least(steps, s0 + PIECE), part0, part1);
             }
             const float *sum = sums;
-            for (int64_t t = part_start(m, part0); t < part_start(m, part1); t++, sum += GROUP) {
+            for (int64_t t = qk_tile_start(m, C, part0); t < qk_tile_start(m, C, part1); t++, sum += GROUP) {
                 for (int r = 0; r < rows; r += 16) {
                     qk_give(v16_load(sum + r), bias ? bias + n + r : NULL, add, y + t * w->n + n + r,
                             rows - r < 16 ? rows - r : 16);

@@ -18,7 +18,8 @@ void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int6
 size_t QK_NAME(direct_scratch)(const qk_matrix *w, int64_t m);
 void QK_NAME(direct)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,
                      int64_t n0, int64_t n1, void *scratch);
-/* The same for many: m > 24. Scratch of k inputs, whatever the format. */
+/* The same for many, more than QK_FEW (tiles are wide enough from 25 on). Scratch of k inputs, whatever the
+ * format. */
 size_t QK_NAME(prefill_packed)(int64_t k, int64_t m);
 void QK_NAME(prefill_pack)(const float *x, int64_t k, int64_t m, int64_t t0, int64_t t1, float *packed);
 size_t QK_NAME(prefill_scratch)(int64_t k, int64_t m);
@@ -80,6 +81,24 @@ QK_INLINE v16 qk_block_lut(const qk_matrix *w, v16 code, int64_t block_index, bo
 QK_INLINE int64_t qk_least(int64_t a, int64_t b)
 {
     return a < b ? a : b;
+}
+
+/* Tiles that m activation rows make, as even as can be, of at most `cols`. */
+QK_INLINE int64_t qk_tiles(int64_t m, int64_t cols)
+{
+    return (m + cols - 1) / cols;
+}
+
+/* The row that a tile starts at. */
+QK_INLINE int64_t qk_tile_start(int64_t m, int64_t cols, int64_t tile)
+{
+    return m * tile / qk_tiles(m, cols);
+}
+
+/* The tile that row t is in. */
+QK_INLINE int64_t qk_tile_of(int64_t m, int64_t cols, int64_t t)
+{
+    return ((t + 1) * qk_tiles(m, cols) - 1) / m;
 }
 
 /* Bytes of so many inputs of a row. */

@@ -42,12 +42,14 @@ enum {
     POWERS_MOST = 187 << 23,
 };
 
-/* Whether PAIR_POWERS gives the weights of rows [n0, n1). */
+/* Whether PAIR_POWERS gives the weights of rows [n0, n1), in blocks of 64. A block of zeros is enough for it
+ * not to.
+ */
 static bool pair_has_powers(const qk_matrix *w, int64_t n0, int64_t n1)
 {
     const int64_t b0 = n0 * w->k / w->block, b1 = (n1 * w->k + w->block - 1) / w->block;
     const uint32_t most = POWERS_MOST - POWERS_LEAST;
-    if (w->round_to != QK_BF16 || b1 - b0 < POWERS_PAY) return false;
+    if (w->block != 64 || w->k % 64 != 0 || b1 - b0 < POWERS_PAY) return false;
     uint32_t bits, outside = 0;
     for (int i = 0; i < 16; i++) {
         float magnitude = w->code[i] < 0 ? -w->code[i] : w->code[i];
@@ -220,14 +222,15 @@ QK_INLINE void pair_step(qk_format round_to, const uint8_t *p0, const uint8_t *p
 typedef struct {
     pair_powers powers;
     pair_table made[PAIR_RUNS] __attribute__((aligned(64)));
-    bool finite, has_powers;
+    bool finite, has_powers; /* for bfloat16 */
 } pair_room;
 
 /* Readies `room` for rows [n0, n1). */
 static void pair_prepare(const qk_matrix *w, int64_t n0, int64_t n1, pair_room *room /* [OUT] */)
 {
-    room->has_powers = pair_has_powers(w, n0, n1);
-    room->finite = room->has_powers || QK_NAME(is_finite)(w, n0, n1);
+    const bool rounded = w->round_to == QK_BF16;
+    room->has_powers = rounded && pair_has_powers(w, n0, n1);
+    room->finite = room->has_powers || (rounded && QK_NAME(is_finite)(w, n0, n1));
     if (room->has_powers) pair_make_powers(w->code, &room->powers);
 }
 
@@ -266,7 +269,8 @@ QK_INLINE void pair_pass(const qk_matrix *w, qk_format round_to, pair_kind kind,
                          int64_t run, int M, int64_t n, int64_t last, int64_t i0, int64_t i1, const float *x,
                          const char *next, pair_room *room, float *acc)
 {
-    const __m256i upper = _mm256_loadu_si256((const __m256i *)(const void *)room->powers.upper);
+    __m256i upper = _mm256_setzero_si256();
+    if (kind == PAIR_POWERS) upper = _mm256_loadu_si256((const __m256i *)(const void *)room->powers.upper);
     const int64_t stride = M ? w->k : (i1 - i0) / 16 * PAIR_STEP;
     pair_rows p = {.absmax = w->absmax, .shift = __builtin_ctz((unsigned)w->block)};
     QK_UNROLL for (int r = 0; r < 2; r++)
@@ -291,11 +295,11 @@ QK_INLINE void pair_pass(const qk_matrix *w, qk_format round_to, pair_kind kind,
             if (kind == PAIR_SCALED) scale = pair_scale(scale0, scale1);
             if (kind == PAIR_POWERS) t = pair_from_powers(&room->powers, upper, scale0, scale1);
             if (kind == PAIR_ROUNDED) t = *made;
-            QK_UNROLL for (int64_t j = i; j < i + run; j += 32, next += 32)
+            QK_UNROLL for (int64_t j = i; j < i + run; j += 32)
             {
-                if (M) __builtin_prefetch(next, 0, 2);
-                pair_step(round_to, p.row[0] + j / 2, p.row[1] + j / 2, &t, scale, x + j, stride, M, sum,
-                          acc + (j - i0) / 16 * PAIR_STEP);
+                if (M) __builtin_prefetch(next + (j - i0), 0, 2);
+                pair_step(round_to, p.row[0] + j / 2, p.row[1] + j / 2, &t, scale, M ? x + j : x, stride, M,
+                          sum, acc + (j - i0) / 16 * PAIR_STEP);
             }
         }
     }
@@ -318,6 +322,8 @@ QK_INLINE void pair_pass_any(const qk_matrix *w, int64_t most_run, int M, int64_
         pair_pass(w, QK_BF16, PAIR_POWERS, true, true, 64, M, n, last, i0, i1, x, next, room, acc);
     else if (blocks && room->finite)
         pair_pass(w, QK_BF16, PAIR_ROUNDED, true, true, 64, M, n, last, i0, i1, x, next, room, acc);
+    else if (room->finite)
+        pair_pass(w, QK_BF16, PAIR_ROUNDED, true, false, run, M, n, last, i0, i1, x, next, room, acc);
     else
         pair_pass(w, QK_BF16, PAIR_ROUNDED, false, false, run, M, n, last, i0, i1, x, next, room, acc);
 }

@@ -259,7 +259,7 @@ QK_INLINE __m256 v16_lut4_8(const uint8_t *p, v16 lut)
     return _mm256_blendv_ps(lo, hi, _mm256_castsi256_ps(_mm256_slli_epi32(x, 28)));
 }
 
-/* op_direct.c takes two 4-bit rows at a time: pair_avx2.h. */
+/* Few activation rows take two 4-bit rows at a time: pair_avx2.h. */
 #define V16_HAS_PAIR 1
 
 /* The 16 nibbles of 8 bytes, high one first, looked up in `lut`. */
