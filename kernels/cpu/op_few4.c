@@ -1,6 +1,6 @@
-/* y = x W^T for 3 to 40 activation rows and 4-bit weights, where an instruction set takes rows in pairs: some
- * inputs of PAIRS pairs are decoded to a panel in the first-level cache, as pairs and in the order in which
- * the look-up gives them, and a register tile of PAIRS x COLS activation rows passes over it. */
+/* y = x W^T for 3 to QK_FEW activation rows and 4-bit weights, where an instruction set takes rows in pairs:
+ * some inputs of PAIRS pairs are decoded to a panel in the first-level cache, as pairs and in the order in
+ * which the look-up gives them, and a register tile of PAIRS x COLS activation rows passes over it. */
 #include "ops.h"
 
 #ifdef V16_HAS_PAIR

@@ -18,8 +18,7 @@ typedef enum {
     PAIR_POWERS,  /* bfloat16, all scales bfloat16 too: 128 tables there are, times a power of 2 */
 } pair_kind;
 
-/* 16 values by 4-bit code for each row: byte p of every value. Bytes 0 and 1 of bfloat16 values are unused.
- */
+/* 16 values by 4-bit code for each row: byte p of every value, from pair_first_byte on. */
 typedef struct {
     __m256i byte[4];
 } pair_table;
