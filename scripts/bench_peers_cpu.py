@@ -48,8 +48,8 @@ PEERS = {
 # what is compared within: merged while they fit into the memory together
 FAMILIES = [
     ["qlua bf16", "qlua nf4", "qlua nf4 single", "llama.cpp bf16", "transformers bf16"],
-    ["qlua nf4", "qlua nf4 single", "qlua nf4 single, nf4 head", "qlua nf4 exact, nf4 head", "llama.cpp iq4_nl", "llama.cpp iq4_nl, bf16 head",
-     "llama.cpp q4_0", "bitsandbytes nf4", "bitsandbytes nf4, f32"],
+    ["qlua nf4", "qlua nf4 single", "qlua nf4 single, nf4 head", "qlua nf4 exact, nf4 head", "llama.cpp iq4_nl",
+     "llama.cpp iq4_nl, bf16 head", "llama.cpp q4_0", "bitsandbytes nf4", "bitsandbytes nf4, f32"],
     ["qlua f32", "llama.cpp f32", "transformers f32"],
 ]
 

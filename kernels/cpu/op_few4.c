@@ -10,9 +10,6 @@ enum {
     PAIRS = PAIR_STEP / 8,
     COLS = 4,    /* with 3 pairs: 12 accumulators, 3 weights and an activation */
     PIECE = 512, /* inputs decoded at a time: 12 KiB */
-    STRIP = 48,  /* most weight rows between looks at memory: a multiple of 16 and of 2 * PAIRS */
-    STRIP_BYTES = 256 * 1024,     /* of weights in a strip: the next one is fetched meanwhile */
-    ACC_STRIDE = STRIP * 16 + 16, /* floats from one activation row's sums to the next's */
 };
 
 typedef struct {
@@ -27,7 +24,7 @@ bool QK_NAME(few4_takes)(const qk_matrix *w, int64_t m)
 
 size_t QK_NAME(few4_scratch)(int64_t m)
 {
-    return sizeof(room) + (size_t)(m * ACC_STRIDE) * sizeof(float);
+    return sizeof(room) + (size_t)(m * QK_STRIP_SUMS) * sizeof(float);
 }
 
 /* Piece after piece of k, in each of them tile after tile: [4][steps][cols] of four inputs in pair_order. */
@@ -37,7 +34,7 @@ void QK_NAME(few4_pack)(const qk_matrix *w, const float *x, int64_t m, int64_t t
         const int64_t part = qk_tile_of(m, COLS, t), c0 = qk_tile_start(m, COLS, part);
         const int64_t cols = qk_tile_start(m, COLS, part + 1) - c0;
         for (int64_t k0 = 0; k0 < w->k; k0 += PIECE) {
-            const int64_t steps = (w->k - k0 < PIECE ? w->k - k0 : PIECE) / 16;
+            const int64_t steps = qk_least(w->k - k0, PIECE) / 16;
             float *to = packed + m * k0 + c0 * steps * 16 + (t - c0) * 4, four[16];
             for (int64_t i = 0; i < steps; i++, to += cols * 4) {
                 pair_order(w->round_to, x + t * w->k + k0 + i * 16, 16, four);
@@ -47,7 +44,7 @@ void QK_NAME(few4_pack)(const qk_matrix *w, const float *x, int64_t m, int64_t t
     }
 }
 
-/* x [4][steps][cols][4]; the sums of a pair, four vectors, at acc + c * ACC_STRIDE + 32 * pair. */
+/* x [4][steps][cols][4]; the sums of a pair, four vectors, at acc + c * QK_STRIP_SUMS + 32 * pair. */
 QK_INLINE void tile(const float *panel, const float *x, int64_t steps, int cols, bool first, float *acc)
 {
     for (int q = 0; q < 4; q++, acc += 8) {
@@ -56,7 +53,7 @@ QK_INLINE void tile(const float *panel, const float *x, int64_t steps, int cols,
         {
             QK_UNROLL for (int p = 0; p < PAIRS; p++)
             {
-                sum[c][p] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(acc + c * ACC_STRIDE + 32 * p);
+                sum[c][p] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(acc + c * QK_STRIP_SUMS + 32 * p);
             }
         }
         for (int64_t i = 0; i < steps; i++, panel += PAIR_STEP, x += cols * 4) {
@@ -72,7 +69,7 @@ QK_INLINE void tile(const float *panel, const float *x, int64_t steps, int cols,
         {
             QK_UNROLL for (int p = 0; p < PAIRS; p++)
             {
-                _mm256_storeu_ps(acc + c * ACC_STRIDE + 32 * p, sum[c][p]);
+                _mm256_storeu_ps(acc + c * QK_STRIP_SUMS + 32 * p, sum[c][p]);
             }
         }
     }
@@ -84,7 +81,7 @@ static __attribute__((noinline)) void tiles(const float *panel, const float *x, 
     const int64_t parts = qk_tiles(m, COLS);
     for (int64_t part = 0, c0 = 0, c1; part < parts; part++, c0 = c1) {
         const float *at = x + c0 * steps * 16;
-        float *sums = acc + c0 * ACC_STRIDE;
+        float *sums = acc + c0 * QK_STRIP_SUMS;
         c1 = qk_tile_start(m, COLS, part + 1);
         if (c1 - c0 == 4)
             tile(panel, at, steps, 4, first, sums);
@@ -106,7 +103,7 @@ static __attribute__((noinline)) void decode(const qk_matrix *w, int64_t n, int6
 static void finish(const qk_matrix *w, const float *bias, int64_t m, bool add, float *y, int64_t n, int rows,
                    const float *acc)
 {
-    for (int64_t t = 0; t < m; t++, acc += ACC_STRIDE) {
+    for (int64_t t = 0; t < m; t++, acc += QK_STRIP_SUMS) {
         for (int r = 0; r < rows; r += 16) {
             float lanes[16][16] __attribute__((aligned(64)));
             for (int p = 0; p < 8; p++) {
@@ -126,14 +123,13 @@ void QK_NAME(few4)(const qk_matrix *w, const float *bias, const float *packed, i
 {
     room *r = scratch;
     float *acc = (float *)(r + 1);
-    const int64_t k = w->k, most = STRIP_BYTES / (k / 2) / (2 * PAIRS) * 2 * PAIRS;
-    const int64_t strip = most < 2 * PAIRS ? 2 * PAIRS : most < STRIP ? most : STRIP;
+    const int64_t k = w->k, strip = qk_strip(w, 2 * PAIRS);
     pair_prepare(w, n0, n1, &r->pair);
     for (int64_t n = n0; n < n1; n += strip) {
-        const int64_t rows = n1 - n < strip ? n1 - n : strip;
-        const char *next = (const char *)w->data + (n + strip) * k / 2;
+        const int64_t rows = qk_least(strip, n1 - n);
+        const char *next = (const char *)w->data + qk_row_bytes(w, (n + strip) * k);
         for (int64_t i0 = 0; i0 < k; i0 += PIECE) {
-            const int64_t i1 = i0 + PIECE < k ? i0 + PIECE : k;
+            const int64_t i1 = qk_least(k, i0 + PIECE);
             for (int64_t at = 0; at < rows; at += 2 * PAIRS) {
                 for (int64_t b = 0; b < PAIRS * (i1 - i0); b += 64, next += 64)
                     __builtin_prefetch(next, 0, 2);

@@ -12,13 +12,10 @@
 enum {
     R = V16_TILE_ROWS,
     C = V16_TILE_COLS,
-    STRIP = 48,                   /* most weight rows taken together: a multiple of 16 and of R */
-    STRIP_BYTES = 256 * 1024,     /* of weights in a strip: the next one is fetched */
-    PIECE = V16_TILE_PIECE,       /* inputs a piece: of R + C rows they fit the first-level cache */
-    ACC_STRIDE = STRIP * 16 + 16, /* floats from one activation row's accumulators to the next's */
+    PIECE = V16_TILE_PIECE, /* inputs a piece: of R + C rows they fit the first-level cache */
 };
 
-/* What a run of the tile reads and writes. acc + c * ACC_STRIDE + r * 16 holds the lanes of one output. */
+/* What a run of the tile reads and writes. acc + c * QK_STRIP_SUMS + r * 16 holds the lanes of one output. */
 typedef struct {
     const char *row[R]; /* first input of each weight row */
     const float *x;     /* [16 / VT_LANES][steps][cols][VT_LANES] */
@@ -44,7 +41,7 @@ QK_INLINE void tile(const work *t, qk_format format, int cols)
         {
             QK_UNROLL for (int r = 0; r < R; r++)
             {
-                sum[c][r] = t->first ? vt_zero() : vt_load(t->acc + c * ACC_STRIDE + r * 16 + lane);
+                sum[c][r] = t->first ? vt_zero() : vt_load(t->acc + c * QK_STRIP_SUMS + r * 16 + lane);
             }
         }
         const float *x = t->x + lane * t->steps * cols;
@@ -63,7 +60,7 @@ QK_INLINE void tile(const work *t, qk_format format, int cols)
         {
             QK_UNROLL for (int r = 0; r < R; r++)
             {
-                vt_store(t->acc + c * ACC_STRIDE + r * 16 + lane, sum[c][r]);
+                vt_store(t->acc + c * QK_STRIP_SUMS + r * 16 + lane, sum[c][r]);
             }
         }
     }
@@ -215,7 +212,7 @@ static void run_tiles(const source *s, const float *block, int64_t m, bool first
     for (int64_t p = 0, c0 = 0; p < parts; p++, t.next += each) {
         int64_t c1 = qk_tile_start(m, C, p + 1);
         t.x = block + c0 * s->steps * 16;
-        t.acc = acc + c0 * ACC_STRIDE;
+        t.acc = acc + c0 * QK_STRIP_SUMS;
         s->tiles[c1 - c0 - 1](&t);
         c0 = c1;
     }
@@ -224,7 +221,7 @@ static void run_tiles(const source *s, const float *block, int64_t m, bool first
 static void finish_strip(const qk_matrix *w, const float *bias, int64_t m, bool add, float *y, int64_t n,
                          int rows, const float *acc)
 {
-    for (int64_t t = 0; t < m; t++, acc += ACC_STRIDE) {
+    for (int64_t t = 0; t < m; t++, acc += QK_STRIP_SUMS) {
         for (int r = 0; r < rows; r += 16) {
             qk_finish(acc + r * 16, bias ? bias + n + r : NULL, add, y + t * w->n + n + r,
                       rows - r < 16 ? rows - r : 16);
@@ -235,11 +232,9 @@ static void finish_strip(const qk_matrix *w, const float *bias, int64_t m, bool 
 static void matmul_few(const qk_matrix *w, const float *bias, const float *packed, int64_t m, bool add,
                        float *y, int64_t n0, int64_t n1, float *scratch)
 {
-    float *acc = scratch, *panel = acc + m * ACC_STRIDE;
+    float *acc = scratch, *panel = acc + m * QK_STRIP_SUMS;
     const bool finite = w->format == QK_4BIT && QK_NAME(is_finite)(w, n0, n1);
-    const int64_t k = w->k;
-    int64_t strip = STRIP_BYTES / qk_row_bytes(w, k + 1) / R * R;
-    strip = strip < R ? R : qk_least(strip, STRIP);
+    const int64_t k = w->k, strip = qk_strip(w, R);
     for (int64_t n = n0; n < n1; n += strip) {
         const int64_t rows = qk_least(strip, n1 - n);
         const char *next = (const char *)w->data + qk_row_bytes(w, (n + strip) * k);
@@ -278,7 +273,7 @@ size_t QK_NAME(matmul_scratch)(const qk_matrix *w, int64_t m)
 #ifdef V16_HAS_PAIR
     if (QK_NAME(few4_takes)(w, m)) return QK_NAME(few4_scratch)(m);
 #endif
-    return (size_t)(m * ACC_STRIDE + R * PIECE) * sizeof(float);
+    return (size_t)(m * QK_STRIP_SUMS + R * PIECE) * sizeof(float);
 }
 
 void QK_NAME(matmul)(const qk_matrix *w, const float *bias, const float *x, int64_t m, bool add, float *y,

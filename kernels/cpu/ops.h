@@ -107,6 +107,17 @@ QK_INLINE int64_t qk_row_bytes(const qk_matrix *w, int64_t inputs)
     return w->format == QK_4BIT ? inputs / 2 : inputs * (w->format == QK_F32 ? 4 : 2);
 }
 
+/* Few activation rows take so many weight rows together, of which the next ones are fetched meanwhile: a
+ * multiple of `step`, which divides QK_STRIP, and no more than the second-level cache holds. */
+#define QK_STRIP 48
+QK_INLINE int64_t qk_strip(const qk_matrix *w, int step)
+{
+    const int64_t fit = 256 * 1024 / qk_row_bytes(w, w->k + 1) / step * step;
+    return fit < step ? step : qk_least(fit, QK_STRIP);
+}
+/* Floats from one activation row's sums over a strip, 16 lanes each, to the next one's. */
+#define QK_STRIP_SUMS (QK_STRIP * 16 + 16)
+
 /* `rows` <= 16 sums to outputs y[0 .. rows). */
 QK_INLINE void qk_give(v16 s, const float *bias, bool add, float *y, int rows)
 {

@@ -274,7 +274,7 @@ QK_INLINE void pair_pass(const qk_matrix *w, qk_format round_to, pair_kind kind,
     pair_rows p = {.absmax = w->absmax, .shift = __builtin_ctz((unsigned)w->block)};
     QK_UNROLL for (int r = 0; r < 2; r++)
     {
-        p.first[r] = (n + r < last ? n + r : last) * w->k;
+        p.first[r] = qk_least(n + r, last) * w->k;
         p.row[r] = (const uint8_t *)w->data + p.first[r] / 2;
     }
     pair_table t;
@@ -286,7 +286,7 @@ QK_INLINE void pair_pass(const qk_matrix *w, qk_format round_to, pair_kind kind,
     }
     for (int64_t j0 = i0, j1; j0 < i1; j0 = j1) {
         const pair_table *made = room->made;
-        j1 = kind == PAIR_ROUNDED && j0 + PAIR_RUNS * run < i1 ? j0 + PAIR_RUNS * run : i1;
+        j1 = kind == PAIR_ROUNDED ? qk_least(i1, j0 + PAIR_RUNS * run) : i1;
         if (kind == PAIR_ROUNDED) pair_make(&p, round_to, finite, blocks, run, w->code, j0, j1, room->made);
         for (int64_t i = j0; i < j1; i += run, made++) {
             const float *scale0 = pair_scale_at(&p, blocks, 0, i), *scale1 = pair_scale_at(&p, blocks, 1, i);
@@ -309,7 +309,7 @@ QK_INLINE void pair_pass(const qk_matrix *w, qk_format round_to, pair_kind kind,
 QK_INLINE void pair_pass_any(const qk_matrix *w, int64_t most_run, int M, int64_t n, int64_t last, int64_t i0,
                              int64_t i1, const float *x, const char *next, pair_room *room, float *acc)
 {
-    const int64_t aligned = qk_aligned_run(w), run = aligned < most_run ? aligned : most_run;
+    const int64_t run = qk_least(qk_aligned_run(w), most_run);
     const bool blocks = run == 64 && w->block == 64;
     if (w->round_to == QK_F16)
         pair_pass(w, QK_F16, PAIR_ROUNDED, false, false, run, M, n, last, i0, i1, x, next, room, acc);
